@@ -1,0 +1,1 @@
+"""Adapters: one module per host ecosystem, the only places that know its signs, axes and storage."""

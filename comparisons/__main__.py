@@ -1,0 +1,144 @@
+"""Command line: `python -m hsbackend.comparisons speed` and `python -m hsbackend.comparisons portfolio`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hsbackend.comparisons.contestants import DEFAULT_ACCURACY, all_contestants, choose_contestants, layer_contestants
+from hsbackend.comparisons.environment import describe_environment
+from hsbackend.comparisons.experiments.portfolio import (
+    DEFAULT_CONTESTANTS,
+    QUICK,
+    Schedule,
+    portfolio_text,
+    run_portfolio,
+    write_portfolio,
+)
+from hsbackend.comparisons.experiments.sp500 import load_market
+from hsbackend.comparisons.problems import SUITES, make_problem
+from hsbackend.comparisons.progress import Progress
+from hsbackend.comparisons.report import SpeedReport, screen_text, write_report
+from hsbackend.comparisons.speed import run_speed, steps_of
+
+_DEFAULT_OUTPUT = Path("results")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, or 2 for a request that cannot be met."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+class UsageError(Exception):
+    """A request that this machine or this installation cannot meet."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hsbackend.comparisons", description="Comparisons with peers.")
+    commands = parser.add_subparsers(required=True, metavar="{speed,portfolio}")
+
+    speed = commands.add_parser("speed", help="problems x contestants: correctness first, then time")
+    speed.add_argument("--suite", choices=sorted(SUITES), default="speed", help="which problems (default: speed)")
+    speed.add_argument("--problems", nargs="+", metavar="NAME", help="only these problems of the suite")
+    speed.add_argument(
+        "--budget", type=float, default=3.0, metavar="S", help="seconds of repetitions per row (default: 3)"
+    )
+    speed.set_defaults(run=_speed)
+
+    portfolio = commands.add_parser("portfolio", help="train a portfolio network once per backend on S&P 500 prices")
+    portfolio.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {Schedule().steps})")
+    portfolio.set_defaults(run=_portfolio)
+
+    for command in (speed, portfolio):
+        command.add_argument("--contestants", nargs="+", metavar="NAME", help="only these contestants")
+        command.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument(
+            "--accuracy",
+            type=float,
+            default=DEFAULT_ACCURACY,
+            help=f"asked of every solver (default: {DEFAULT_ACCURACY:g})",
+        )
+        command.add_argument(
+            "--output", type=Path, default=_DEFAULT_OUTPUT, help="folder for reports (default: results)"
+        )
+    return parser
+
+
+def _device(name: str) -> torch.device:
+    """Return the device; a requested device is never silently replaced."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device cuda was given, but torch {torch.__version__} sees no CUDA device; use --device cpu, or install "
+            "a CUDA build of torch on a machine with an NVIDIA GPU"
+        )
+    return torch.device(name)
+
+
+def _speed(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    try:
+        contestants = choose_contestants(all_contestants(options.accuracy), options.contestants)
+        names = options.problems or SUITES[options.suite]
+        problems = [make_problem(name, quick=options.quick, seed=options.seed) for name in names]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    budget_s = 0.0 if options.quick else options.budget
+    progress = Progress(steps_of(problems, contestants))
+    rows = run_speed(problems, contestants, device=device, budget_s=budget_s, progress=progress)
+    progress.close()
+    report = SpeedReport(
+        environment=describe_environment(device),
+        problems=problems,
+        contestants=contestants,
+        rows=rows,
+        accuracy=options.accuracy,
+        seed=options.seed,
+        command="python -m hsbackend.comparisons " + " ".join(sys.argv[1:]),
+    )
+    print(screen_text(report))
+    paths = write_report(report, options.output)
+    print("written: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+def _portfolio(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    if device.type != "cpu":
+        raise UsageError("the portfolio experiment runs on the CPU; use --device cpu")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('the portfolio plot needs matplotlib; install it with: pip install "hsbackend[compare]"')
+    schedule = QUICK if options.quick else Schedule()
+    if options.steps is not None:
+        schedule = replace(schedule, steps=options.steps)
+    try:
+        names = options.contestants or list(DEFAULT_CONTESTANTS)
+        contestants = choose_contestants(layer_contestants(options.accuracy), names)
+        market = load_market()
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    progress = Progress((schedule.steps + 1) * len(contestants))
+    runs = run_portfolio(contestants, market, schedule, seed=options.seed, progress=progress)
+    progress.close()
+    environment = describe_environment(device)
+    print(portfolio_text(runs, market, schedule, environment))
+    paths = write_portfolio(runs, environment, options.output)
+    print("written: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""End-to-end experiments: a whole model trained once per backend."""

@@ -1,0 +1,158 @@
+"""The judge: measures what a contestant returned against the reference, by formulas of its own.
+
+It sees numbers only: the returned primal and the gradients for a given cotangent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsbackend.comparisons.problems import BenchmarkProblem
+from hsbackend.comparisons.reference import ItemQP, Reference, kkt_residual
+
+# An item is solved when it is feasible and agrees with the reference to this, relative to max(1, |.|).
+SUCCESS_TOLERANCE = 1e-6
+# Gradients of a correct contestant agree to this; a solver that leaves 1e-9 in the primal and solves its adjoint system
+# iteratively (diffcp's LSQR) ends between 1e-6 and 1e-3.
+GRADIENT_TOLERANCE = 1e-3
+# The same solution with fewer digits, as opposed to another point: used to let less accurate peers keep their time.
+ROUGH_TOLERANCE = 1e-3
+ROUGH_GRADIENT_TOLERANCE = 0.1
+
+Array = NDArray[np.float64]
+
+
+class Grade(Enum):
+    """What an answer is worth."""
+
+    CORRECT = "correct"
+    """Every item within SUCCESS_TOLERANCE, every gradient within GRADIENT_TOLERANCE."""
+    ROUGH = "rough"
+    """Every item within ROUGH_TOLERANCE, the typical gradient within ROUGH_GRADIENT_TOLERANCE: fewer digits."""
+    WRONG = "wrong"
+    """Some item is another point, or the gradients are those of something else."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one contestant on one problem.
+
+    Attributes:
+        success_rate: fraction of items that are solved, in [0, 1].
+        primal_residual: worst violation of a constraint (rows of inequalities and bounds of unit length), absolute.
+        kkt_residual: worst residual of the KKT conditions at the returned primal with the reference's multipliers,
+        absolute. primal_error: worst distance to the reference primal, infinity norm relative to max(1, |reference|).
+        gradient_error: per parameter, the largest relative error over judged items, see `gradient_errors`.
+        typical_gradient_error: the median over judged items of the worst parameter. judged_items: how many items had
+        a unique gradient to compare with. batch: B. grade: what this amounts to.
+    """
+
+    success_rate: float
+    primal_residual: float
+    kkt_residual: float
+    primal_error: float
+    gradient_error: dict[str, float]
+    typical_gradient_error: float
+    judged_items: int
+    batch: int
+    grade: Grade
+
+    @property
+    def worst_gradient_error(self) -> float:
+        """The largest of `gradient_error`; 0 when no gradient was compared."""
+        return max(self.gradient_error.values(), default=0.0)
+
+
+def primal_residual(item: ItemQP, x: Array) -> float:
+    """Return the largest violation of A x = b and C x <= d, absolute, infinity norm."""
+    equality = np.abs(item.A @ x - item.b).max(initial=0.0)
+    inequality = np.maximum(item.C @ x - item.d, 0.0).max(initial=0.0)
+    return float(np.maximum(equality, inequality))
+
+
+def gradient_errors(returned: Array, expected: Array, *, batched: bool) -> Array:
+    """Return the relative error of a gradient, (B,) for batched parameters, (1,) for shared ones.
+
+    error_i = |returned_i - expected_i|_inf / max(|expected_i|_inf, mean_j |expected_j|_inf)
+
+    The mean keeps items whose gradient is zero, such as a projection that ends in a vertex, from dividing by nothing.
+    """
+    rows = expected.shape[0] if batched else 1
+    if returned.shape != expected.shape:
+        raise ValueError(f"gradient has shape {returned.shape}, expected {expected.shape}")
+    size = np.abs(expected).reshape(rows, -1).max(axis=1)
+    difference = np.abs(returned - expected).reshape(rows, -1).max(axis=1)
+    scale = np.maximum(size, size.mean())
+    errors = np.divide(difference, scale, out=np.where(difference > 0, np.inf, 0.0), where=scale > 0)
+    return np.where(np.isnan(difference), np.inf, errors)
+
+
+def judge(problem: BenchmarkProblem, reference: Reference, primal: Array, gradients: dict[str, Array]) -> Verdict:
+    """Judge a returned primal (B, n) and the gradients for `reference.cotangent`.
+
+    Args:
+        problem: what was asked.
+        reference: from `compute_reference(problem)`.
+        primal: (B, n).
+        gradients: per differentiated parameter, its shape; sums over the batch for shared parameters.
+
+    Raises:
+        ValueError: a shape is not the reference's.
+    """
+    if primal.shape != reference.primal.shape:
+        raise ValueError(f"primal has shape {primal.shape}, expected {reference.primal.shape}")
+    residuals = np.array([primal_residual(item, x) for item, x in zip(reference.items, primal, strict=True)])
+    optimality = np.array(
+        [
+            kkt_residual(item, x, solution.y, solution.z)
+            for item, x, solution in zip(reference.items, primal, reference.solutions, strict=True)
+        ]
+    )
+    scale = np.maximum(1.0, np.abs(reference.primal).max(axis=1))
+    errors = np.abs(primal - reference.primal).max(axis=1) / scale
+    limits = np.array([max(1.0, np.abs(np.concatenate([item.b, item.d])).max(initial=0.0)) for item in reference.items])
+    # A NaN compares false, so an item that is not a number is not solved.
+    solved = (errors <= SUCCESS_TOLERANCE) & (residuals <= SUCCESS_TOLERANCE * limits)
+    roughly_solved = (errors <= ROUGH_TOLERANCE) & (residuals <= ROUGH_TOLERANCE * limits)
+
+    gradient_error: dict[str, float] = {}
+    typical: list[float] = []
+    judged = reference.is_judged
+    if judged.any():
+        for i in problem.differentiated():
+            parameter = problem.parameters[i]
+            item_errors = gradient_errors(
+                gradients[parameter.name], reference.gradients[parameter.name], batched=parameter.batched
+            )
+            if parameter.batched:
+                item_errors = item_errors[judged]
+            gradient_error[parameter.name] = float(item_errors.max())
+            typical.append(float(np.median(item_errors)))
+    typical_gradient_error = max(typical, default=0.0)
+    worst_gradient_error = max(gradient_error.values(), default=0.0)
+    if solved.all() and worst_gradient_error <= GRADIENT_TOLERANCE:
+        grade = Grade.CORRECT
+    elif roughly_solved.all() and typical_gradient_error <= ROUGH_GRADIENT_TOLERANCE:
+        grade = Grade.ROUGH
+    else:
+        grade = Grade.WRONG
+    return Verdict(
+        success_rate=float(solved.mean()),
+        primal_residual=_worst(residuals),
+        kkt_residual=_worst(optimality),
+        primal_error=_worst(errors),
+        gradient_error=gradient_error,
+        typical_gradient_error=typical_gradient_error,
+        judged_items=int(judged.sum()),
+        batch=problem.batch,
+        grade=grade,
+    )
+
+
+def _worst(values: Array) -> float:
+    """Return the maximum, infinity if anything is not a number."""
+    return float("inf") if np.isnan(values).any() else float(values.max(initial=0.0))

@@ -1,0 +1,98 @@
+"""Run a compiled kernel over the items of a batch, on as many threads as torch uses.
+
+Kernels release the GIL and take ``(start, stop, step)`` first: worker ``t`` of ``T`` handles the items
+``t, t + T, t + 2T, ...``, which balances easy and hard items without a queue. Our own pool, and not
+Numba's, because Numba's threading layers either end the process when two Python threads launch at once
+(workqueue) or kill a forked child (OpenMP).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, cast
+
+import numba  # pyright: ignore[reportMissingTypeStubs]
+import torch
+
+_LOGGER = logging.getLogger("hsbackend")
+_LOCK = threading.Lock()
+_POOL: ThreadPoolExecutor | None = None
+_POOL_OWNER = -1
+_POOL_SIZE = 0
+#: Below this many multiply-adds a second thread costs more than it saves (a dispatch is about 30 microseconds).
+_SERIAL_WORK = 60_000
+
+
+class Kernel(Protocol):
+    """A compiled function; ``signatures`` grows when a call compiled something."""
+
+    signatures: list[Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the compiled code."""
+        ...
+
+
+def compile_kernel(function: Callable[..., Any]) -> Kernel:
+    """Compile a function at its first call, without the GIL, cached on disk."""
+    # IEEE semantics stay (no fastmath beyond contraction): NaN in the data must come out as NaN.
+    decorate = cast("Callable[[Callable[..., Any]], Any]", numba.njit(cache=True, nogil=True, fastmath={"contract"}))
+    return cast("Kernel", decorate(function))
+
+
+def inline_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a helper that is only called from other kernels."""
+    decorate = cast(
+        "Callable[[Callable[..., Any]], Any]",
+        numba.njit(cache=True, nogil=True, inline="never", fastmath={"contract", "reassoc"}),
+    )
+    return cast("Callable[..., Any]", decorate(function))
+
+
+def _pool(size: int) -> ThreadPoolExecutor:
+    global _POOL, _POOL_OWNER, _POOL_SIZE
+    with _LOCK:
+        # Threads do not survive a fork: a child builds its own pool.
+        if _POOL is None or os.getpid() != _POOL_OWNER or size > _POOL_SIZE:
+            _POOL = ThreadPoolExecutor(max_workers=size, thread_name_prefix="hsbackend")
+            _POOL_OWNER, _POOL_SIZE = os.getpid(), size
+        return _POOL
+
+
+def for_each_item(kernel: Kernel, batch: int, work_per_item: float, *arguments: Any) -> list[Any]:
+    """Call ``kernel(start, stop, step, *arguments)`` so that every item is handled once.
+
+    Args:
+        kernel: compiled with :func:`compile_kernel`.
+        batch: number of items B.
+        work_per_item: rough count of multiply-adds per item, to decide whether threads pay.
+        arguments: passed on unchanged; the kernel writes its results into them.
+
+    Returns:
+        What the kernel returned, one entry per worker, worker ``t`` first.
+    """
+    threads = min(torch.get_num_threads(), batch)
+    if threads <= 1 or batch * work_per_item < _SERIAL_WORK:
+        return [_call(kernel, 0, batch, 1, *arguments)]
+    if not kernel.signatures:  # compile once, not once per thread
+        return [_call(kernel, 0, batch, 1, *arguments)]
+    pool = _pool(threads - 1)
+    futures = [pool.submit(_call, kernel, worker, batch, threads, *arguments) for worker in range(1, threads)]
+    first = _call(kernel, 0, batch, threads, *arguments)
+    return [first, *(future.result() for future in futures)]
+
+
+def _call(kernel: Kernel, *arguments: Any) -> Any:
+    known = len(kernel.signatures)
+    began = time.perf_counter()
+    result = kernel(*arguments)
+    elapsed_s = time.perf_counter() - began
+    if len(kernel.signatures) > known and elapsed_s > 1.0:
+        name = getattr(kernel, "__name__", "kernel")
+        _LOGGER.warning("hsbackend compiled %s in %.1f s; later processes load it from Numba's cache", name, elapsed_s)
+    return result

@@ -1,0 +1,290 @@
+"""The one derivative rule, for every solver.
+
+At a solution ``(x, nu)`` with face K, and for cotangents ``g`` of x and ``r`` of nu, the adjoint system
+
+    [Q  N'] [u]   [g]
+    [N  0 ] [w] = [r]        N the rows of K
+
+gives the derivative of the loss with respect to everything the program is made of (implicit differentiation of the
+KKT conditions on K; the solution operator of the system is the HS-Jacobian):
+
+    dL/dq = -u,   dL/db_i = w_i,   dL/dA_ij = -(nu_i u_j + w_i x_j),   dL/dQ_ij = -1/2 (u_i x_j + x_i u_j).
+
+Only entries that depend on a parameter are formed, one by one: a gather, never an outer product. Both choices of K give
+a conservative derivative for (q, b); with Q and A given by parameters the multipliers enter, and the claim holds where
+the active rows are independent (docs/theory.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch.autograd.function import once_differentiable
+
+from hsbackend._parallel import compile_kernel, for_each_item
+from hsbackend.plan import Plan, Solution
+from hsbackend.program import FloatArray, IndexArray, MatrixEntries, Program, SparseOperator
+from hsbackend.solvers.result import Options
+from hsbackend.status import SolveError, Status, failure_message
+
+
+@compile_kernel
+def _bilinear(start, stop, step, targets, rows, columns, factors, a, b, c, d, total, out):  # type: ignore[no-untyped-def]
+    """Add ``factor (a_row b_column + c_row d_column)`` to ``out[item, target]``, or to ``out[worker]`` if ``total``."""
+    for item in range(start, stop, step):
+        row_out = out[start] if total else out[item]
+        for k in range(targets.shape[0]):
+            i = rows[k]
+            j = columns[k]
+            row_out[targets[k]] += factors[k] * (a[item, i] * b[item, j] + c[item, i] * d[item, j])
+
+
+@dataclass(frozen=True)
+class _Bilinear:
+    """Entries of a matrix that depend on one parameter: where they are and what multiplies them."""
+
+    targets: IndexArray
+    rows: IndexArray
+    columns: IndexArray
+    factors: FloatArray
+
+    @classmethod
+    def build(cls, entries: MatrixEntries, parameter: int) -> _Bilinear | None:
+        block = entries.values.blocks.get(parameter)
+        if block is None:
+            return None
+        entry = np.repeat(block.targets, np.diff(block.indptr))
+        # In the order of the parameter, so that results are written one after the other.
+        order = np.argsort(block.indices, kind="stable")
+        entry = entry[order]
+        return cls(block.indices[order], entries.rows[entry], entries.columns[entry], block.data[order])
+
+
+class _ParameterGradient:
+    """Gradient with respect to one parameter, compiled from the maps of the program."""
+
+    def __init__(self, program: Program, parameter: int) -> None:
+        self.size = program.parameter_sizes[parameter]
+        self._linear = _transposed(program.linear.blocks.get(parameter), -1.0)
+        self._rhs = _transposed(program.rhs.blocks.get(parameter), 1.0)
+        self._matrix = _Bilinear.build(program.matrix, parameter)
+        self._quadratic = _Bilinear.build(program.quadratic, parameter)
+
+    @property
+    def needs_solution(self) -> bool:
+        """Whether the primal and the multipliers enter (the parameter is in Q or A)."""
+        return self._matrix is not None or self._quadratic is not None
+
+    def evaluate(
+        self, primal: FloatArray, multipliers: FloatArray, u: FloatArray, w: FloatArray, summed: bool
+    ) -> FloatArray:
+        """Return the gradient, (B, size), or (size,) summed over the batch."""
+        batch = u.shape[0]
+        if summed and not self.needs_solution:
+            u, w = u.sum(axis=0, keepdims=True), w.sum(axis=0, keepdims=True)
+            batch = 1
+        workers = min(torch.get_num_threads(), batch) if summed else batch
+        out = np.zeros((max(workers, 1), self.size))
+        if summed and self.needs_solution:
+            self._add_linear(u.sum(axis=0, keepdims=True), w.sum(axis=0, keepdims=True), out[:1])
+        else:
+            self._add_linear(u, w, out)
+        if batch:
+            for part, sign, left in ((self._matrix, -1.0, multipliers), (self._quadratic, -0.5, primal)):
+                if part is not None:
+                    right = w if part is self._matrix else u
+                    lists = (part.targets, part.rows, part.columns, sign * part.factors)
+                    arguments: tuple[Any, ...] = (*lists, left, u, right, primal, summed, out)
+                    for_each_item(_bilinear, batch, 4.0 * len(part.targets), *arguments)
+        return out.sum(axis=0) if summed else out
+
+    def _add_linear(self, u: FloatArray, w: FloatArray, out: FloatArray) -> None:
+        if self._linear is not None:
+            self._linear.add_to(u, out)
+        if self._rhs is not None:
+            self._rhs.add_to(w, out)
+
+
+def _transposed(block: SparseOperator | None, sign: float) -> SparseOperator | None:
+    if block is None:
+        return None
+    rows = np.repeat(block.targets, np.diff(block.indptr))
+    matrix = sp.coo_array((sign * block.data, (block.indices, rows)), shape=(block.shape[1], block.shape[0]))
+    return SparseOperator.build(matrix)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor a layer returns: entries of the primal or of the multipliers.
+
+    Attributes:
+        source: ``"primal"`` or ``"multipliers"``.
+        columns: entries in row-major order of ``shape``.
+        shape: shape of one item.
+    """
+
+    source: Literal["primal", "multipliers"]
+    columns: IndexArray
+    shape: tuple[int, ...]
+
+
+class Layer:
+    """A plan with named outputs: the differentiable function of the parameters that every host calls.
+
+    Args:
+        plan: the prepared program.
+        outputs: what to return.
+    """
+
+    def __init__(self, plan: Plan, outputs: Sequence[Output]) -> None:
+        """Compile the gradients."""
+        self.plan = plan
+        self.outputs = tuple(outputs)
+        count = len(plan.program.parameter_sizes)
+        self._gradients = [_ParameterGradient(plan.program, index) for index in range(count)]
+        self._repeated = [len(np.unique(output.columns)) < len(output.columns) for output in outputs]
+        self._views = [_as_slice(output.columns) for output in outputs]
+        self._dual_wanted = any(output.source == "multipliers" for output in outputs)
+
+    def solve(self, parameters: Sequence[FloatArray], options: Options, on_failure: str, warm: Any) -> Solution:
+        """Solve and raise for failing items unless ``on_failure`` is ``"nan"``."""
+        solution = self.plan.solve(parameters, options, warm)
+        if on_failure == "raise" and np.any(solution.status != Status.SOLVED):
+            names = self.plan.program.row_names
+            conflicts = {item: [names[row] for row in rows] for item, rows in solution.conflicts.items()}
+            raise SolveError(failure_message(solution.status, conflicts), solution.status)
+        return solution
+
+    def select(self, solution: Solution) -> list[FloatArray]:
+        """Return the outputs of a solution, each (B, *shape), as fresh arrays."""
+        batch = solution.primal.shape[0]
+        found: list[FloatArray] = []
+        for output, view in zip(self.outputs, self._views, strict=True):
+            source = solution.primal if output.source == "primal" else solution.multipliers
+            found.append(np.array(source[:, view], order="C").reshape(batch, *output.shape))
+        return found
+
+    def pullback(
+        self, solution: Solution, cotangents: Sequence[FloatArray | None], wanted: Sequence[bool], summed: Sequence[bool]
+    ) -> list[FloatArray | None]:
+        """Return the gradients of the parameters.
+
+        Args:
+            solution: from :meth:`solve`.
+            cotangents: one (B, *shape) array per output, None for zero.
+            wanted: which parameters need a gradient.
+            summed: which parameters are shared by the batch; their gradient is the sum over the items.
+
+        Returns:
+            (B, size) or (size,) arrays. An item that has no solution contributes zero where its cotangents are zero,
+            and NaN where they are not.
+        """
+        batch, n = solution.primal.shape
+        grad_primal = np.zeros((batch, n))
+        grad_multipliers = np.zeros(solution.multipliers.shape) if self._dual_wanted else None
+        for output, view, repeated, cotangent in zip(
+            self.outputs, self._views, self._repeated, cotangents, strict=True
+        ):
+            if cotangent is None:
+                continue
+            target = grad_primal if output.source == "primal" else grad_multipliers
+            assert target is not None
+            flat = cotangent.reshape(batch, -1)
+            if repeated:
+                np.add.at(target, (slice(None), output.columns), flat)
+            else:
+                target[:, view] += flat
+        primal, multipliers = solution.primal, solution.multipliers
+        failed = solution.status != Status.SOLVED
+        poisoned = np.zeros(batch, dtype=bool)
+        if failed.any():
+            poisoned = failed & (grad_primal != 0.0).any(axis=1)
+            if grad_multipliers is not None:
+                poisoned |= failed & (grad_multipliers != 0.0).any(axis=1)
+                grad_multipliers[failed] = 0.0
+            grad_primal[failed] = 0.0
+            primal, multipliers = primal.copy(), multipliers.copy()
+            primal[failed] = 0.0
+            multipliers[failed] = 0.0
+        if solution.face is None:  # every item failed before there was a face
+            u, w = np.zeros((batch, n)), np.zeros(multipliers.shape)
+        else:
+            adjoint = self.plan.adjoint(solution, grad_primal, grad_multipliers)
+            u, w = adjoint.primal, adjoint.rows
+        found: list[FloatArray | None] = []
+        for gradient, need, shared in zip(self._gradients, wanted, summed, strict=True):
+            if not need:
+                found.append(None)
+                continue
+            value = gradient.evaluate(primal, multipliers, u, w, shared)
+            if poisoned.any():
+                value[... if shared else poisoned] = np.nan
+            found.append(value)
+        return found
+
+
+def _as_slice(columns: IndexArray) -> slice | IndexArray:
+    """Return a slice where the columns are consecutive: a view instead of a gather."""
+    if len(columns) and np.array_equal(columns, np.arange(columns[0], columns[0] + len(columns))):
+        return slice(int(columns[0]), int(columns[0]) + len(columns))
+    return columns
+
+
+@dataclass
+class Call:
+    """Options of one call and what it leaves behind.
+
+    Attributes:
+        options: accuracy and what to keep.
+        on_failure: ``"raise"`` or ``"nan"``.
+        warm: face of an earlier solution, or None.
+        solution: filled in by the call.
+    """
+
+    options: Options
+    on_failure: str
+    warm: Any = None
+    solution: Solution | None = None
+
+
+def as_parameter(tensor: torch.Tensor, size: int, batched: bool) -> FloatArray:
+    """Return a parameter as contiguous float64 (B, size) or (1, size)."""
+    array = tensor.detach().to(device="cpu", dtype=torch.float64).contiguous().numpy()
+    return array.reshape(array.shape[0] if batched else 1, size)
+
+
+class SolveFunction(torch.autograd.Function):
+    """The layer as a torch function: parameters in, outputs out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Layer, call: Call, batched: tuple[bool, ...], dtype: torch.dtype, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Solve; outputs are (B, *shape) in ``dtype`` on the device of the first parameter."""
+        sizes = layer.plan.program.parameter_sizes
+        arrays = [as_parameter(p, size, b) for p, size, b in zip(parameters, sizes, batched, strict=True)]
+        solution = layer.solve(arrays, call.options, call.on_failure, call.warm)
+        call.solution = solution
+        if call.options.keep_face:
+            ctx.layer, ctx.solution, ctx.batched = layer, solution, batched
+            ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        return tuple(torch.from_numpy(array).to(device=device, dtype=dtype) for array in layer.select(solution))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        """Apply the rule at the top of this module."""
+        arrays = [None if g is None else g.to(device="cpu", dtype=torch.float64).numpy() for g in cotangents]
+        summed = [not batched for batched in ctx.batched]
+        found = ctx.layer.pullback(ctx.solution, arrays, ctx.needs_input_grad[4:], summed)
+        gradients = [
+            None if value is None else torch.from_numpy(value).reshape(shape).to(device=device, dtype=dtype)
+            for value, (shape, dtype, device) in zip(found, ctx.like, strict=True)
+        ]
+        return (None, None, None, None, *gradients)

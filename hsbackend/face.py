@@ -1,0 +1,325 @@
+"""The active face of a solution and its KKT solve: the HS-Jacobian lives here.
+
+The Han-Sun set at a solution holds, for every index set K with supp(multipliers) <= K <= active rows, the
+solution operator of the KKT system on the face
+
+    [H  N'] [u]   [g]
+    [N  0 ] [w] = [r]       N the equality rows and the rows of K,
+
+in the Euclidean case with r = 0 the orthogonal projector onto null(N). A face offers this one operation for a
+whole batch, with the factorisation the forward solve ended with. The forward solution itself is the case
+``(g, r) = (-q, h_K)``, the adjoint of the layer the case of the incoming gradients, the tangent the case of
+differentiated data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsbackend._blas import dot
+from hsbackend._parallel import compile_kernel, for_each_item
+from hsbackend.metric import Metric, matmul
+from hsbackend.program import FloatArray, IndexArray, QPValues
+
+
+@dataclass(frozen=True)
+class KKTSolution:
+    """Solution of a KKT system on a face.
+
+    Attributes:
+        primal: (B, n) u.
+        rows: (B, m) the part of w that belongs to the general rows, zero outside K.
+        bounds: (B, nb) the part that belongs to the bounded variables, zero outside K.
+    """
+
+    primal: FloatArray
+    rows: FloatArray
+    bounds: FloatArray
+
+
+@compile_kernel
+def _apply_inverse(start, stop, step, values, target, scale, working, count, offset, inverse, out, scratch):  # type: ignore[no-untyped-def]
+    """``out_K = scale_K inverse (scale_K (values_K - target_K))`` with ragged working sets."""
+    varying_scale = 0 if scale.shape[0] == 1 else 1
+    for b in range(start, stop, step):
+        k = count[b]
+        if k == 0:
+            continue
+        t = scratch[b]
+        s = scale[b * varying_scale]
+        for i in range(k):
+            w = working[b, i]
+            t[i] = s[w] * (values[b, w] - target[b, w])
+        for i in range(k):
+            begin = offset[b] + i * k
+            w = working[b, i]
+            out[b, w] = s[w] * dot(inverse[begin : begin + k], t, k)
+
+
+@dataclass(frozen=True)
+class GramFace:
+    """Face of a solution found in Gram space: a working set and the inverse of its Gram matrix.
+
+    Attributes:
+        metric: the Hessian seen through the rows.
+        scale: (1 or B, M) scaling that makes the Gram diagonal one.
+        working: (B, M) working set, the first ``count`` entries.
+        count: (B,).
+        offset: (B,) where the (count, count) inverse of an item begins in ``inverse``.
+        inverse: flat storage of the inverses.
+        side: (B, M) 1 where the upper limit is active, -1 where the lower one is, 0 otherwise.
+        num_equalities: equality rows of the program; the metric may have eliminated them.
+        num_rows: general rows of the program, equalities included.
+        proximal: variables without curvature.
+        proximal_weight: the weight their proximal steps use.
+    """
+
+    metric: Metric
+    scale: FloatArray
+    working: IndexArray
+    count: IndexArray
+    offset: IndexArray
+    inverse: FloatArray
+    side: IndexArray
+    num_equalities: int
+    num_rows: int
+    proximal: IndexArray
+    proximal_weight: float
+
+    def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
+        """Solve the KKT system of the module docstring.
+
+        Args:
+            rhs_primal: (B, n) g.
+            rhs_rows: (B, m) r on the general rows; entries outside K are ignored.
+            rhs_bounds: (B, nb) r on the bounded variables.
+        """
+        eliminated = self.num_equalities - self.metric.num_equalities
+        rhs_equalities = np.ascontiguousarray(rhs_rows[:, :eliminated])
+        target = np.concatenate([rhs_rows[:, eliminated:], rhs_bounds], axis=1)
+        solution = self._solve(rhs_primal, rhs_equalities, target)
+        if len(self.proximal):
+            # (H + delta I) is what was factored: u <- solve(g + delta u) contracts by delta / (lambda + delta),
+            # lambda the least curvature on the face (proximal point iteration on a fixed face).
+            weight = self.proximal_weight
+            for _ in range(100):
+                before = solution.primal[:, self.proximal]
+                shifted = rhs_primal.copy()
+                shifted[:, self.proximal] += weight * before
+                solution = self._solve(shifted, rhs_equalities, target)
+                change = np.abs(solution.primal[:, self.proximal] - before).max(initial=0.0)
+                if not change > 1e-14 * (1.0 + np.abs(before).max(initial=0.0)):
+                    break
+        return solution
+
+    def _solve(self, rhs_primal: FloatArray, rhs_equalities: FloatArray, target: FloatArray) -> KKTSolution:
+        point, values = self.metric.free(rhs_primal, rhs_equalities)
+        batch, total = values.shape
+        out = np.zeros((batch, total))
+        width = int(self.count.max(initial=0))
+        arguments = (values, target, self.scale, self.working, self.count, self.offset, self.inverse, out)
+        for_each_item(_apply_inverse, batch, float(width * width), *arguments, np.empty((batch, width)))
+        primal, equalities = self.metric.finish(point, out, rhs_primal, rhs_equalities)
+        left = self.num_rows - equalities.shape[1]
+        rows = np.concatenate([equalities, out[:, :left]], axis=1)
+        return KKTSolution(primal, rows, np.ascontiguousarray(out[:, left:]))
+
+    @property
+    def active_rows(self) -> IndexArray:
+        """(B, m) side of the general rows in K; equalities count as 1."""
+        eliminated = self.num_equalities - self.metric.num_equalities
+        ones = np.ones((self.side.shape[0], eliminated), dtype=np.int64)
+        return np.concatenate([ones, self.side[:, : self.num_rows - eliminated]], axis=1)
+
+    @property
+    def active_bounds(self) -> IndexArray:
+        """(B, nb) side of the bounds in K."""
+        eliminated = self.num_equalities - self.metric.num_equalities
+        return self.side[:, self.num_rows - eliminated :]
+
+
+@compile_kernel
+def _box_kkt(start, stop, step, columns, row_index, entries, hessian, free, bounded_at, factor, offset, order, count, g, r, r_bound, u, w, w_bound, scratch):  # type: ignore[no-untyped-def]  # noqa: E501
+    """Solve the KKT system of a box face, diagonal H: u_j = r_bound on active bounds, Schur system on the rows."""
+    n = g.shape[1]
+    varying = 0 if entries.shape[0] == 1 else 1
+    varying_h = 0 if hessian.shape[0] == 1 else 1
+    for b in range(start, stop, step):
+        k = count[b]
+        value = entries[b * varying]
+        h = hessian[b * varying_h]
+        t = scratch[b]
+        for i in range(w.shape[1]):
+            w[b, i] = 0.0
+        # Row values of the minimiser without rows.
+        for j in range(n):
+            at = bounded_at[j]
+            if free[b, j]:
+                u[b, j] = g[b, j] / h[j]
+            else:
+                u[b, j] = r_bound[b, at]
+            for e in range(columns[j], columns[j + 1]):
+                w[b, row_index[e]] += value[e] * u[b, j]
+        # Solve L D L' on the rows of the face (order lists them; dependent ones are not listed).
+        base = offset[b]
+        for i in range(k):
+            t[i] = w[b, order[b, i]] - r[b, order[b, i]]
+        for i in range(k):
+            t[i] = (t[i] - dot(factor[base + i * k : base + i * k + i], t, i)) / factor[base + i * k + i]
+        for i in range(k - 1, -1, -1):
+            t[i] /= factor[base + i * k + i]
+            for j in range(i):
+                t[j] -= t[i] * factor[base + i * k + j]
+        for i in range(w.shape[1]):
+            w[b, i] = 0.0
+        for i in range(k):
+            w[b, order[b, i]] = t[i]
+        for j in range(n):
+            pushed = 0.0
+            for e in range(columns[j], columns[j + 1]):
+                pushed += value[e] * w[b, row_index[e]]
+            if free[b, j]:
+                u[b, j] -= pushed / h[j]
+                if bounded_at[j] >= 0:
+                    w_bound[b, bounded_at[j]] = 0.0
+            else:
+                w_bound[b, bounded_at[j]] = g[b, j] - h[j] * u[b, j] - pushed
+
+
+@dataclass(frozen=True)
+class BoxFace:
+    """Face for a diagonal Hessian with bounds: free variables and a Cholesky factor on the active rows.
+
+    With F the mask of free variables, the Schur complement on the active rows is ``N F H^-1 N'``; rows that depend
+    on earlier ones were left out of it.
+
+    Attributes:
+        columns, row_index, entries: N by columns (compressed), entries (1 or B, nnz).
+        hessian: (1 or B, n) diagonal.
+        free: (B, n) bool.
+        bounded: (nb,) bounded variables; ``bounded_at`` (n,) their position or -1.
+        factor, offset, order, count: ragged Cholesky factors and the rows they belong to.
+        side_rows: (B, m); side_bounds: (B, nb).
+    """
+
+    columns: IndexArray
+    row_index: IndexArray
+    entries: FloatArray
+    hessian: FloatArray
+    free: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    bounded_at: IndexArray
+    factor: FloatArray
+    offset: IndexArray
+    order: IndexArray
+    count: IndexArray
+    side_rows: IndexArray
+    side_bounds: IndexArray
+
+    def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
+        """Solve the KKT system of the module docstring; arguments as in :meth:`GramFace.kkt_solve`."""
+        batch, n = rhs_primal.shape
+        m = rhs_rows.shape[1]
+        u, w = np.empty((batch, n)), np.empty((batch, m))
+        w_bound = np.zeros(rhs_bounds.shape)
+        width = int(self.count.max(initial=0))
+        structure = (self.columns, self.row_index, self.entries, self.hessian, self.free, self.bounded_at)
+        factors = (self.factor, self.offset, self.order, self.count)
+        work = float(width * width + 4 * n + 2 * self.entries.shape[1])
+        out = (u, w, w_bound, np.empty((batch, max(width, 1))))
+        for_each_item(_box_kkt, batch, work, *structure, *factors, rhs_primal, rhs_rows, rhs_bounds, *out)
+        return KKTSolution(u, w, w_bound)
+
+    @property
+    def active_rows(self) -> IndexArray:
+        """(B, m) side of the general rows in K."""
+        return self.side_rows
+
+    @property
+    def active_bounds(self) -> IndexArray:
+        """(B, nb) side of the bounds in K."""
+        return self.side_bounds
+
+
+@dataclass(frozen=True)
+class MixedFace:
+    """Faces of a batch of which some items were solved by another solver.
+
+    Attributes:
+        first: face of the whole batch, without content for the items of ``second``.
+        second: face of the other items.
+        items: (k,) the items ``second`` holds.
+    """
+
+    first: BoxFace
+    second: GramFace | BoxFace | MixedFace
+    items: IndexArray
+
+    def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
+        """Solve the KKT system of the module docstring; arguments as in :meth:`GramFace.kkt_solve`."""
+        whole = self.first.kkt_solve(rhs_primal, rhs_rows, rhs_bounds)
+        part = self.second.kkt_solve(
+            np.ascontiguousarray(rhs_primal[self.items]),
+            np.ascontiguousarray(rhs_rows[self.items]),
+            np.ascontiguousarray(rhs_bounds[self.items]),
+        )
+        whole.primal[self.items] = part.primal
+        whole.rows[self.items] = part.rows
+        whole.bounds[self.items] = part.bounds
+        return whole
+
+    @property
+    def active_rows(self) -> IndexArray:
+        """(B, m) side of the general rows in K."""
+        sides = self.first.active_rows.copy()
+        sides[self.items] = self.second.active_rows
+        return sides
+
+    @property
+    def active_bounds(self) -> IndexArray:
+        """(B, nb) side of the bounds in K."""
+        sides = self.first.active_bounds.copy()
+        sides[self.items] = self.second.active_bounds
+        return sides
+
+
+@dataclass(frozen=True)
+class DenseFace:
+    """Face of the reference solver: the KKT matrix itself, solved by dense least squares, item by item.
+
+    The minimal-norm solution of the (possibly singular) system is the pseudo-inverse in the definition of the
+    HS-Jacobian, written down literally.
+
+    Attributes:
+        values: the problems.
+        active_rows: (B, m) side of the general rows in K.
+        active_bounds: (B, nb) side of the bounds in K.
+    """
+
+    values: QPValues
+    active_rows: IndexArray
+    active_bounds: IndexArray
+
+    def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
+        """Solve the KKT system of the module docstring; arguments as in :meth:`GramFace.kkt_solve`."""
+        batch, n = rhs_primal.shape
+        u, w, w_bounds = np.zeros(rhs_primal.shape), np.zeros(rhs_rows.shape), np.zeros(rhs_bounds.shape)
+        for b in range(batch):
+            hessian = self.values.hessian[b if self.values.hessian.shape[0] > 1 else 0]
+            hessian = np.diag(hessian) if self.values.diagonal else hessian
+            rows = np.flatnonzero(self.active_rows[b])
+            at = np.flatnonzero(self.active_bounds[b])
+            general = self.values.rows[b if self.values.rows.shape[0] > 1 else 0][rows]
+            normals = np.concatenate([general, np.eye(n)[self.values.bounded[at]]])
+            m = len(normals)
+            system = np.block([[hessian, normals.T], [normals, np.zeros((m, m))]])
+            target = np.concatenate([rhs_primal[b], rhs_rows[b, rows], rhs_bounds[b, at]])
+            solution, *_ = np.linalg.lstsq(system, target, rcond=1e-12)
+            u[b] = solution[:n]
+            w[b, rows] = solution[n : n + len(rows)]
+            w_bounds[b, at] = solution[n + len(rows) :]
+        return KKTSolution(u, w, w_bounds)
+
+
+Face = GramFace | BoxFace | MixedFace | DenseFace

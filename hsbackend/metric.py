@@ -1,0 +1,293 @@
+"""The Hessian seen through the constraint rows: what a dual method and its face need to know of ``H``.
+
+For rows ``N`` (M, n) a metric answers two questions for a whole batch,
+
+    free:    x0 = argmin 1/2 x'Hx - a'x,  values N x0,
+    finish:  x = x0 - H^-1 N'lam,
+
+and gives the Gram matrix ``D = N H^-1 N'`` once. :class:`SharedMetric` serves data that all items share: it
+eliminates the equality rows for good, with the inverse of the KKT matrix
+
+    [H E'] [x ]   [a]        x  = Z a + Y h
+    [E 0 ] [nu] = [h]        nu = Y'a + S h
+
+built by the null-space method (``Z = V (V'HV)^-1 V'``, V a basis of null(E); Nocedal and Wright 2006, 16.2), so
+dependent equality rows and an ``H`` that is singular outside null(E) are normal input, and ``nu`` has minimal norm.
+:class:`ItemMetric` serves data that differ between items: one Cholesky factor per item.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsbackend._blas import axpy, dot
+from hsbackend._parallel import compile_kernel, for_each_item
+from hsbackend.program import FloatArray, IndexArray
+from hsbackend.status import Status
+
+_INVALID = int(Status.INVALID_INPUT)
+_NOT_CONVEX = int(Status.NOT_STRICTLY_CONVEX)
+#: Pivots below this fraction of the diagonal mean a Hessian that is not positive definite in float64.
+_SINGULAR = 1e-13
+#: Singular values of the unit-norm equality rows below this fraction of the largest mean dependent rows.
+_RANK = 1e-11
+
+
+def matmul(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Multiply (batches of) matrices with as many threads as torch is allowed to use."""
+    return torch.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+
+
+class SharedMetric:
+    """One Hessian and one set of rows for all items.
+
+    Args:
+        hessian: (n, n).
+        equalities: (me, n).
+        rows: (M, n) inequality rows, bounds among them.
+
+    Attributes:
+        convex: False when H is not positive definite on null(E); nothing else is valid then.
+        gram: (1, M, M).
+        inconsistency: (me, me) projector whose product with h must vanish for the equalities to hold.
+        num_equalities: equality rows left in the Gram matrix: none.
+    """
+
+    num_equalities = 0
+
+    def __init__(self, hessian: FloatArray, equalities: FloatArray, rows: FloatArray) -> None:
+        """Factor once."""
+        n, me = hessian.shape[0], equalities.shape[0]
+        size = np.linalg.norm(equalities, axis=1)
+        self._row_scale = np.where(size > 0.0, 1.0 / np.where(size > 0.0, size, 1.0), 1.0)
+        if me:
+            left, singular, right = np.linalg.svd(equalities * self._row_scale[:, None], full_matrices=True)
+            rank = int(np.sum(singular > _RANK * float(singular.max(initial=0.0))))
+            null = right[rank:].T
+            self.inconsistency = np.eye(me) - left[:, :rank] @ left[:, :rank].T
+            if rank == me:
+                pseudo = (right[:rank].T / singular) @ left.T * self._row_scale
+            else:  # rows are dependent: the pseudo-inverse in the given scaling makes nu minimal
+                pseudo = np.linalg.pinv(equalities, rcond=_RANK)
+        else:
+            null = np.eye(n)
+            pseudo = np.zeros((n, 0))
+            self.inconsistency = np.zeros((0, 0))
+        inner = null.T @ hessian @ null
+        inner = 0.5 * (inner + inner.T)
+        self.convex = True
+        z = np.zeros((n, n))
+        if null.shape[1]:
+            spread = np.abs(np.diag(inner)).max()
+            try:
+                factor = np.linalg.cholesky(inner)
+            except np.linalg.LinAlgError:
+                factor = np.zeros_like(inner)
+            if not np.diag(factor).min() ** 2 > _SINGULAR * spread:
+                self.convex = False
+                return
+            half = np.linalg.solve(factor, null.T)
+            z = half.T @ half
+        self.inverse = z
+        self.range = pseudo - z @ (hessian @ pseudo)  # Y
+        self.schur = -pseudo.T @ hessian @ self.range  # S
+        self.equalities = equalities
+        self.rows_inverse = rows @ z
+        self.rows = rows
+        self.gram: FloatArray = (self.rows_inverse @ rows.T)[None]
+        self.gram = 0.5 * (self.gram + self.gram.transpose(0, 2, 1))
+        # A row of null(E)' that vanishes up to rounding must look like a zero row.
+        size = np.einsum("ij,ij->i", rows, rows) * max(float(np.abs(np.diag(z)).max(initial=0.0)), 1e-300)
+        tiny = np.diag(self.gram[0]) <= 1e-14 * size
+        self.gram[:, tiny, :] = 0.0
+        self.gram[:, :, tiny] = 0.0
+
+    def inconsistent(self, rhs_equalities: FloatArray) -> FloatArray:
+        """Return (B,) how far the equalities are from having a common solution, relative to the data."""
+        if not self.inconsistency.size:
+            return np.zeros(rhs_equalities.shape[0])
+        scaled = rhs_equalities * self._row_scale
+        gap = np.abs(scaled @ self.inconsistency.T).max(axis=1)
+        return gap / (1.0 + np.abs(scaled).max(axis=1))
+
+    def free(self, rhs_primal: FloatArray, rhs_equalities: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the minimiser under the equalities alone (B, n) and its row values (B, M)."""
+        point = matmul(rhs_primal, self.inverse)
+        if self.equalities.shape[0]:
+            point += matmul(rhs_equalities, np.ascontiguousarray(self.range.T))
+        return point, matmul(point, np.ascontiguousarray(self.rows.T))
+
+    def finish(
+        self, point: FloatArray, multipliers: FloatArray, rhs_primal: FloatArray, rhs_equalities: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return x (B, n) and the multipliers of the equalities (B, me)."""
+        primal = point - matmul(multipliers, self.rows_inverse) if multipliers.shape[1] else point
+        if not self.equalities.shape[0]:
+            return primal, np.zeros((point.shape[0], 0))
+        pushed = rhs_primal - matmul(multipliers, self.rows)
+        dual = matmul(pushed, self.range)
+        dual += matmul(rhs_equalities, np.ascontiguousarray(self.schur.T))
+        return primal, dual
+
+    def proximal_parts(self, variables: IndexArray) -> tuple[FloatArray, FloatArray]:
+        """Return the rows and the block of H^-1 that the proximal steps of some variables need."""
+        return (
+            np.ascontiguousarray(self.rows_inverse[:, variables])[None],
+            np.ascontiguousarray(self.inverse[np.ix_(variables, variables)])[None],
+        )
+
+
+@compile_kernel
+def _factor(start, stop, step, hessian, rows, bounded, factor, half, status):  # type: ignore[no-untyped-def]
+    """Factor ``H = L L'`` in ``factor`` and solve ``L half = [N' e_j]``; shared inputs have length 1."""
+    n = hessian.shape[1]
+    m = rows.shape[1]
+    total = half.shape[2]
+    shared = 0 if hessian.shape[0] == 1 else 1
+    shared_rows = 0 if rows.shape[0] == 1 else 1
+    for b in range(start, stop, step):
+        low = factor[b]
+        matrix = hessian[b * shared]
+        limit = 0.0
+        for i in range(n):
+            limit = max(limit, abs(matrix[i, i]))
+        failed = False
+        for i in range(n):
+            for j in range(i):
+                low[i, j] = (matrix[i, j] - dot(low[i], low[j], j)) / low[j, j]
+            pivot = matrix[i, i] - dot(low[i], low[i], i)
+            if not pivot > _SINGULAR * limit:
+                status[b] = _INVALID if np.isnan(pivot) else _NOT_CONVEX
+                failed = True
+                break
+            low[i, i] = np.sqrt(pivot)
+            for j in range(i + 1, n):
+                low[i, j] = 0.0
+        if failed:
+            low[:] = 0.0
+            for i in range(n):
+                low[i, i] = 1.0
+        out = half[b]
+        normals = rows[b * shared_rows]
+        for i in range(n):
+            for k in range(m):
+                out[i, k] = normals[k, i]
+            for k in range(m, total):
+                out[i, k] = 1.0 if bounded[k - m] == i else 0.0
+        for i in range(n):
+            target = out[i]
+            j = 0
+            while j + 4 <= i:  # four rows at a time: one pass over the target for four updates
+                l0 = low[i, j]
+                l1 = low[i, j + 1]
+                l2 = low[i, j + 2]
+                l3 = low[i, j + 3]
+                x0 = out[j]
+                x1 = out[j + 1]
+                x2 = out[j + 2]
+                x3 = out[j + 3]
+                for k in range(total):
+                    target[k] -= l0 * x0[k] + l1 * x1[k] + l2 * x2[k] + l3 * x3[k]
+                j += 4
+            while j < i:
+                axpy(-low[i, j], out[j], target, total)
+                j += 1
+            inverse = 1.0 / low[i, i]
+            for k in range(total):
+                target[k] *= inverse
+
+
+@compile_kernel
+def _forward_substitution(start, stop, step, factor, half, rhs, point, values):  # type: ignore[no-untyped-def]
+    """``point = L^-1 rhs`` and ``values = half' point``."""
+    n = rhs.shape[1]
+    total = half.shape[2]
+    for b in range(start, stop, step):
+        low = factor[b]
+        y = point[b]
+        for i in range(n):
+            y[i] = (rhs[b, i] - dot(low[i], y, i)) / low[i, i]
+        for k in range(total):
+            values[b, k] = 0.0
+        for i in range(n):
+            axpy(y[i], half[b, i], values[b], total)
+
+
+@compile_kernel
+def _back_substitution(start, stop, step, factor, half, point, multipliers, primal):  # type: ignore[no-untyped-def]
+    """``primal = L^-T (point - half multipliers)``."""
+    n = point.shape[1]
+    total = half.shape[2]
+    for b in range(start, stop, step):
+        low = factor[b]
+        x = primal[b]
+        for i in range(n):
+            x[i] = point[b, i] - dot(half[b, i], multipliers[b], total)
+        for i in range(n - 1, -1, -1):
+            x[i] /= low[i, i]
+            axpy(-x[i], low[i], x, i)
+
+
+class ItemMetric:
+    """One Hessian or one set of rows per item.
+
+    Args:
+        hessian: (1 or B, n, n).
+        rows: (1 or B, m, n), equality rows first.
+        bounded: (nb,) variables whose unit rows follow.
+        batch: B.
+        num_equalities: number of equality rows; they stay in the Gram matrix.
+
+    Attributes:
+        status: (B,) INVALID_INPUT or NOT_STRICTLY_CONVEX where the Hessian has no Cholesky factor.
+        gram: (B, m + nb, m + nb).
+    """
+
+    def __init__(
+        self, hessian: FloatArray, rows: FloatArray, bounded: IndexArray, batch: int, num_equalities: int
+    ) -> None:
+        """Factor every item."""
+        n, total = hessian.shape[1], rows.shape[1] + len(bounded)
+        self.num_equalities = num_equalities
+        self.status = np.zeros(batch, dtype=np.int8)
+        self._factor = np.zeros((batch, n, n))
+        self._half = np.empty((batch, n, total))
+        arguments: tuple[Any, ...] = (hessian, rows, bounded, self._factor, self._half, self.status)
+        for_each_item(_factor, batch, n * n * (n / 6.0 + total / 2.0), *arguments)
+        half = torch.from_numpy(self._half)
+        self.gram: FloatArray = torch.bmm(half.transpose(1, 2), half).numpy()
+
+    def free(self, rhs_primal: FloatArray, rhs_equalities: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return ``L^-1 a`` (B, n) and the row values (B, M); the equalities are ordinary rows here."""
+        batch, n, total = self._half.shape
+        point = np.empty((batch, n))
+        values = np.empty((batch, total))
+        arguments = (self._factor, self._half, rhs_primal, point, values)
+        for_each_item(_forward_substitution, batch, float(n * (n / 2 + total)), *arguments)
+        return point, values
+
+    def finish(
+        self, point: FloatArray, multipliers: FloatArray, rhs_primal: FloatArray, rhs_equalities: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return x (B, n) and no equality multipliers: they are among ``multipliers``."""
+        batch, n, total = self._half.shape
+        primal = np.empty((batch, n))
+        arguments = (self._factor, self._half, point, multipliers, primal)
+        for_each_item(_back_substitution, batch, float(n * (n / 2 + total)), *arguments)
+        return primal, np.zeros((batch, 0))
+
+    def proximal_parts(self, variables: IndexArray) -> tuple[FloatArray, FloatArray]:
+        """Return the rows and the block of H^-1 that the proximal steps of some variables need."""
+        batch, n, _ = self._half.shape
+        units = torch.zeros((n, len(variables)), dtype=torch.float64)
+        units[torch.from_numpy(variables), torch.arange(len(variables))] = 1.0
+        columns = torch.linalg.solve_triangular(torch.from_numpy(self._factor), units.expand(batch, -1, -1), upper=False)
+        half = torch.from_numpy(self._half)
+        rows = torch.bmm(half.transpose(1, 2), columns).contiguous().numpy()
+        return rows, torch.bmm(columns.transpose(1, 2), columns).contiguous().numpy()
+
+
+Metric = SharedMetric | ItemMetric

@@ -1,0 +1,372 @@
+"""A program prepared for repeated solves: presolve, route, solver state, postsolve.
+
+``Plan`` is the whole way of the data, once: parameters -> program values -> reduced values -> solver -> postsolve.
+The adjoint goes the same way with another right-hand side, because the solution and the adjoint solve the same KKT
+system (:mod:`hsbackend.face`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+from hsbackend import reduce
+from hsbackend.face import Face, GramFace
+from hsbackend.metric import matmul
+from hsbackend.program import FloatArray, IndexArray, Program, QPValues
+from hsbackend.route import Route, SolverName, choose, describe
+from hsbackend.solvers import active_set, reference, semismooth_newton
+from hsbackend.solvers.result import Options, Result
+from hsbackend.status import Status
+
+
+@dataclass
+class Solution:
+    """Solutions of a batch of programs.
+
+    Attributes:
+        primal: (B, n) x, NaN where an item is not solved.
+        multipliers: (B, m) nu with ``Q x + q + A'nu = 0``, NaN where an item is not solved.
+        status: (B,) int8 codes of :class:`~hsbackend.status.Status`.
+        conflicts: for infeasible items, the rows that cannot hold together.
+        steps: (B,) iterations of the solver.
+        face: None when no derivative was asked for.
+    """
+
+    primal: FloatArray
+    multipliers: FloatArray
+    status: NDArray[np.int8]
+    conflicts: dict[int, list[int]]
+    steps: IndexArray
+    face: Face | None
+    presolved: _Presolved = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Presolved:
+    """What the adjoint needs again: values of the last elimination and which row set each bound."""
+
+    definitions: FloatArray | None
+    curvature: FloatArray | None
+    lower_slot: IndexArray
+    upper_slot: IndexArray
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Solution (u, w) of the adjoint KKT system in the variables and rows of the program.
+
+    Attributes:
+        primal: (B, n) u.
+        rows: (B, m) w.
+    """
+
+    primal: FloatArray
+    rows: FloatArray
+
+
+def _weighted_product(definitions: FloatArray, vector: FloatArray) -> FloatArray:
+    """``vector @ definitions`` for (1 or B, k, n) and (B, k)."""
+    if definitions.shape[0] == 1:
+        return matmul(vector, definitions[0])
+    return matmul(vector[:, None, :], definitions)[:, 0]
+
+
+def _product(definitions: FloatArray, vector: FloatArray) -> FloatArray:
+    """``definitions @ vector`` for (1 or B, k, n) and (B, n)."""
+    if definitions.shape[0] == 1:
+        return matmul(vector, np.ascontiguousarray(definitions[0].T))
+    return matmul(definitions, vector[:, :, None])[:, :, 0]
+
+
+class Plan:
+    """A parametrised program, presolved and routed, with everything constant already factored.
+
+    Args:
+        program: the program.
+        solver: a solver the caller insists on, or None to choose by structure.
+
+    Attributes:
+        route: what was recognised and which solver takes it; ``route.polyhedral`` is False when none can.
+    """
+
+    route: Route
+
+    def __init__(self, program: Program, solver: SolverName | None = None) -> None:
+        """Presolve, route, factor."""
+        self.program = program
+        reduced, self._steps = reduce.reduce_constant(program)
+        self._varying = reduce.eliminate_varying(reduced)
+        if self._varying is not None:
+            reduced = self._varying.remaining
+        self._reduced = reduced
+        self._bounds = reduce.find_bounds(reduced)
+        every = np.arange(reduced.num_variables, dtype=np.int64)
+        self._rows = reduce.take_matrix(reduced.matrix, self._bounds.kept_rows, every)
+        pattern = sp.csr_array(reduced.quadratic.pattern())
+        if self._varying is None:
+            self._diagonal = reduce.is_diagonal(reduced.quadratic)
+        else:
+            self._diagonal = self._varying.diagonal
+            definitions = sp.csr_array(self._varying.definitions.pattern()).astype(np.float64)
+            flat = self._varying.curvature.varying | (self._varying.curvature.offset != 0.0)
+            pattern = sp.csr_array(pattern.astype(np.float64) + definitions[flat].T @ definitions[flat])
+        notes = describe(program, self._steps, self._varying, self._bounds, reduced)
+        self.route = choose(reduced, self._rows, self._bounds, self._diagonal, pattern, notes, solver)
+        self._proximal = np.array(self.route.proximal, dtype=np.int64)
+        self._constant_hessian = self._varying is None and reduced.quadratic.constant
+        if self._varying is not None:
+            self._constant_hessian = (
+                reduced.quadratic.constant and self._varying.definitions.constant and self._varying.curvature.constant
+            )
+        self._constant_rows = self._rows.constant
+        self._gram: active_set.GramSetup | None = None
+        self._newton: semismooth_newton.NewtonSetup | None = None
+        self._fixed_hessian: FloatArray | None = None
+        self._fixed_rows: FloatArray | None = None
+        if self.route.polyhedral:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Evaluate and factor what is constant; find a Hessian that is singular for good."""
+        none: list[FloatArray] = [np.zeros((1, size)) for size in self.program.parameter_sizes]
+        if self._constant_rows:
+            self._fixed_rows = self._rows.dense(none)
+        if self._constant_hessian:
+            self._fixed_hessian = self._hessian(none)
+            if self._diagonal and not len(self._proximal) and not np.all(self._fixed_hessian > 0.0):
+                self._refuse("the Hessian has a negative or zero diagonal entry")
+                return
+        if self.route.solver == "semismooth_newton":
+            self._newton = semismooth_newton.NewtonSetup(self._rows.pattern(), self._bounds.variables)
+        elif self._constant_hessian and self._constant_rows and self._gram_setup() is None:
+            self._refuse("the Hessian is singular on the subspace left by the equalities")
+
+    def _refuse(self, reason: str) -> None:
+        self.route = Route("diffcp", reason, self.route.notes)
+
+    def _gram_setup(self) -> active_set.GramSetup | None:
+        """Return the constant data of the active set, made when first needed; None where data vary or H is singular."""
+        if self._gram is None and self._fixed_hessian is not None and self._fixed_rows is not None:
+            self._gram = active_set.GramSetup(
+                self._fixed_hessian, self._fixed_rows, self._reduced.num_equalities, self._bounds.variables,
+                self._proximal,
+            )  # fmt: skip
+        return self._gram if self._gram is not None and self._gram.metric.convex else None
+
+    def _hessian(
+        self, parameters: Sequence[FloatArray], definitions: FloatArray | None = None,
+        curvature: FloatArray | None = None,
+    ) -> FloatArray:  # fmt: skip
+        """Evaluate the reduced Hessian, (1 or B, n, n) or its diagonal (1 or B, n)."""
+        base = self._reduced.quadratic.dense(parameters)
+        if self._varying is None:
+            return np.ascontiguousarray(np.einsum("bii->bi", base)) if self._diagonal else base
+        if definitions is None or curvature is None:
+            definitions = self._varying.definitions.dense(parameters)
+            curvature = self._varying.curvature.evaluate(parameters)
+        if self._diagonal:
+            diagonal = np.einsum("bii->bi", base) + np.einsum("bk,bkn->bn", curvature, definitions**2)
+            return np.ascontiguousarray(diagonal)
+        tall = torch.from_numpy(definitions)
+        weighted = tall * torch.from_numpy(curvature)[:, :, None]
+        square = torch.matmul(tall.transpose(1, 2), weighted).numpy()
+        square += base
+        return np.ascontiguousarray(square)
+
+    def solve(self, parameters: Sequence[FloatArray], options: Options, warm: Face | None = None) -> Solution:
+        """Solve for a batch of parameter values.
+
+        Args:
+            parameters: one contiguous float64 (B, size) or (1, size) array per parameter.
+            options: accuracy and what to keep.
+            warm: face of an earlier solution; used when its batch and kind fit, ignored otherwise.
+        """
+        batch = max((values.shape[0] for values in parameters), default=1)
+        program = self.program
+        rhs_primal = program.linear.evaluate(parameters, batch)
+        np.negative(rhs_primal, out=rhs_primal)
+        rhs_rows = program.rhs.evaluate(parameters, batch)
+        definitions = curvature = None
+        if self._varying is not None:
+            definitions = self._varying.definitions.dense(parameters)
+            curvature = self._varying.curvature.evaluate(parameters)
+        trail, primal_side, row_side = self._presolve(rhs_primal, rhs_rows, definitions, curvature)
+        hessian = self._fixed_hessian
+        if hessian is None:
+            hessian = self._hessian(parameters, definitions, curvature)
+        rows = self._fixed_rows if self._fixed_rows is not None else self._rows.dense(parameters)
+        lower, upper, lower_slot, upper_slot = self._bounds.limits(row_side)
+        values = QPValues(
+            hessian, primal_side, rows, self._reduced.num_equalities,
+            np.ascontiguousarray(row_side[:, self._bounds.kept_rows]), self._bounds.variables, lower, upper,
+            self._proximal,
+        )  # fmt: skip
+        result = self._run(values, options, warm)
+        presolved = _Presolved(definitions, curvature, lower_slot, upper_slot)
+        conflicts = self._conflicts(result, presolved)
+        failed = result.status != Status.SOLVED
+        if failed.any():
+            result.primal[failed] = 0.0
+            result.rows[failed] = 0.0
+            result.bounds[failed] = 0.0
+        side = np.sign(result.bounds).astype(np.int64)
+        row_multipliers = self._spread_bounds(result.rows, result.bounds, side, presolved)
+        primal, multipliers = self._postsolve(trail, result.primal, row_multipliers, definitions, curvature)
+        if failed.any():
+            primal[failed] = np.nan
+            multipliers[failed] = np.nan
+        return Solution(primal, multipliers, result.status, conflicts, result.steps, result.face, presolved)
+
+    def _run(self, values: QPValues, options: Options, warm: Face | None) -> Result:
+        if self.route.solver == "reference":
+            return reference.solve(values, options)
+        if self._newton is not None:
+            return semismooth_newton.solve(values, options, self._newton, self._constant_rows, self._gram_setup)
+        guess = warm if isinstance(warm, GramFace) and warm.side.shape[0] == values.batch else None
+        result = active_set.solve(values, options, self._gram_setup(), guess)
+        return active_set.verify(values, options, result)
+
+    def adjoint(self, solution: Solution, grad_primal: FloatArray, grad_multipliers: FloatArray | None) -> Adjoint:
+        """Solve the adjoint KKT system on the face of a solution.
+
+        Args:
+            solution: from :meth:`solve` with ``options.keep_face``.
+            grad_primal: (B, n) cotangent of the primal.
+            grad_multipliers: (B, m) cotangent of the multipliers, None for zero.
+
+        Returns:
+            (u, w), from which every gradient follows: ``dq = -u``, ``db = w``, ``dA = -(nu u' + w x')``,
+            ``dQ = -1/2 (u x' + x u')``.
+        """
+        face = solution.face
+        if face is None:
+            raise ValueError("the solution has no face: it was computed with keep_face=False")
+        batch = grad_primal.shape[0]
+        presolved = solution.presolved
+        rhs_rows = np.zeros((batch, self.program.num_rows)) if grad_multipliers is None else grad_multipliers
+        trail, primal_side, row_side = self._presolve(
+            grad_primal, rhs_rows, presolved.definitions, presolved.curvature
+        )
+        side = face.active_bounds
+        rhs_bounds = self._collect_bounds(row_side, side, presolved)
+        rows = np.ascontiguousarray(row_side[:, self._bounds.kept_rows])
+        kkt = face.kkt_solve(primal_side, rows, rhs_bounds)
+        row_multipliers = self._spread_bounds(kkt.rows, kkt.bounds, side, presolved)
+        primal, multipliers = self._postsolve(
+            trail, kkt.primal, row_multipliers, presolved.definitions, presolved.curvature
+        )
+        return Adjoint(primal, multipliers)
+
+    def _presolve(
+        self, rhs_primal: FloatArray, rhs_rows: FloatArray, definitions: FloatArray | None, curvature: FloatArray | None
+    ) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray, FloatArray]:
+        """Carry a right-hand side of the KKT system down to the reduced program; remember it at every level."""
+        trail: list[tuple[FloatArray, FloatArray]] = []
+        for step in self._steps:
+            trail.append((rhs_primal, rhs_rows))
+            rhs_primal, rhs_rows = step.presolve(rhs_primal, rhs_rows)
+        if self._varying is not None and definitions is not None and curvature is not None:
+            trail.append((rhs_primal, rhs_rows))
+            varying = self._varying
+            offset = rhs_rows[:, varying.rows] / varying.coefficient
+            pushed = rhs_primal[:, varying.gone] - curvature * offset
+            rhs_primal = rhs_primal[:, varying.kept] - _weighted_product(definitions, pushed)
+            rhs_rows = np.ascontiguousarray(rhs_rows[:, varying.kept_rows])
+        return trail, np.ascontiguousarray(rhs_primal), rhs_rows
+
+    def _postsolve(
+        self, trail: list[tuple[FloatArray, FloatArray]], primal: FloatArray, multipliers: FloatArray,
+        definitions: FloatArray | None, curvature: FloatArray | None,
+    ) -> tuple[FloatArray, FloatArray]:  # fmt: skip
+        """Carry a solution of the reduced KKT system back up."""
+        levels = list(trail)
+        if self._varying is not None and definitions is not None and curvature is not None:
+            varying = self._varying
+            rhs_primal, rhs_rows = levels.pop()
+            value = rhs_rows[:, varying.rows] / varying.coefficient - _product(definitions, primal)
+            batch = primal.shape[0]
+            x = np.empty((batch, len(varying.kept) + len(varying.gone)))
+            x[:, varying.kept] = primal
+            x[:, varying.gone] = value
+            nu = np.empty((batch, len(varying.kept_rows) + len(varying.rows)))
+            nu[:, varying.kept_rows] = multipliers
+            nu[:, varying.rows] = (rhs_primal[:, varying.gone] - curvature * value) / varying.coefficient
+            primal, multipliers = x, nu
+        for step, (rhs_primal, rhs_rows) in zip(reversed(self._steps), reversed(levels), strict=True):
+            primal, multipliers = step.postsolve(primal, multipliers, rhs_primal, rhs_rows)
+        return primal, multipliers
+
+    def _bound_rows(self, side: IndexArray, presolved: _Presolved) -> tuple[IndexArray, FloatArray]:
+        """Return for every bounded variable the row of its active limit (B, nb), or -1, and that row's entry."""
+        bounds = self._bounds
+        position = np.arange(len(bounds.variables))[None, :]
+        upper = bounds.upper_rows[position, presolved.upper_slot]
+        lower = bounds.lower_rows[position, presolved.lower_slot]
+        rows = np.where(side > 0, upper, np.where(side < 0, lower, -1))
+        upper_entry = bounds.upper_coefficient[position, presolved.upper_slot]
+        lower_entry = bounds.lower_coefficient[position, presolved.lower_slot]
+        return rows, np.where(side > 0, upper_entry, lower_entry)
+
+    def _spread_bounds(
+        self, rows: FloatArray, bounds: FloatArray, side: IndexArray, presolved: _Presolved
+    ) -> FloatArray:
+        """Give the signed multipliers of the bounds back to the rows they came from."""
+        batch = rows.shape[0]
+        found = self._bounds
+        out = np.zeros((batch, self._reduced.num_rows))
+        out[:, found.kept_rows] = rows
+        if not len(found.variables):
+            return out
+        if found.plain:
+            for table, entries, active in (
+                (found.upper_rows, found.upper_coefficient, side > 0),
+                (found.lower_rows, found.lower_coefficient, side < 0),
+            ):
+                has = table[:, 0] >= 0
+                if has.all():
+                    out[:, table[:, 0]] = np.where(active, bounds, 0.0) / entries[:, 0]
+                else:
+                    out[:, table[has, 0]] = np.where(active, bounds, 0.0)[:, has] / entries[has, 0]
+            return out
+        target, entry = self._bound_rows(side, presolved)
+        item, position = np.nonzero(target >= 0)
+        out[item, target[item, position]] = bounds[item, position] / entry[item, position]
+        return out
+
+    def _collect_bounds(self, rows: FloatArray, side: IndexArray, presolved: _Presolved) -> FloatArray:
+        """Gather a right-hand side on the rows of the active bounds, in units of the variable."""
+        out = np.zeros(side.shape)
+        if rows.any():
+            target, entry = self._bound_rows(side, presolved)
+            item, position = np.nonzero(target >= 0)
+            out[item, position] = rows[item, target[item, position]] / entry[item, position]
+        return out
+
+    def _conflicts(self, result: Result, presolved: _Presolved) -> dict[int, list[int]]:
+        """Name the program rows whose Farkas combination shows an item infeasible."""
+        found: dict[int, list[int]] = {}
+        for item in np.flatnonzero(result.status == Status.INFEASIBLE):
+            rows, bounds = result.rows[item], result.bounds[item]
+            pick = slice(int(item), int(item) + 1)
+            side = np.sign(np.nan_to_num(bounds)).astype(np.int64)[None]
+            slots = replace(
+                presolved, lower_slot=presolved.lower_slot[pick], upper_slot=presolved.upper_slot[pick]
+            )
+            combined = self._spread_bounds(np.nan_to_num(rows)[None], np.nan_to_num(bounds)[None], side, slots)[0]
+            index = np.flatnonzero(np.abs(combined) > 1e-9 * max(1.0, float(np.abs(combined).max(initial=0.0))))
+            found[int(item)] = [self._original_row(int(row)) for row in index]
+        return found
+
+    def _original_row(self, row: int) -> int:
+        """Map a row of the reduced program to a row of the program."""
+        if self._varying is not None:
+            row = int(self._varying.kept_rows[row])
+        for step in reversed(self._steps):
+            row = int(step.kept_rows[row])
+        return row

@@ -1,0 +1,419 @@
+"""Presolve with exact postsolve.
+
+Two reductions, both exact, both found once from the structure of a :class:`~hsbackend.program.Program`:
+
+*Elimination* of a variable ``t`` that one equality row defines and no other row mentions,
+
+    e'x + c t = b_i,  c constant:     t = (b_i - e'x) / c,
+
+so that ``x_full = K x + o`` with ``K = [I; -e'/c]`` and the reduced problem is
+
+    Q_red = K'Q K,     q_red = K'(q + Q o).
+
+This is how a square of an affine expression comes back from its canonical form as a quadratic in x.
+*Bounds*: inequality rows with one constant entry become limits of the variable.
+
+The solution ``(x, nu)`` and the adjoint ``(u, w)`` solve the same KKT system with another right-hand side
+``(rhs_primal, rhs_rows)``: ``(-q, b)`` or ``(g, r)``. Hence one postsolve for both:
+
+    t    = (rhs_rows_i - e'x) / c,          nu_i = (rhs_primal_t - (Q x_full)_t) / c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from hsbackend.program import AffineMap, FloatArray, IndexArray, MatrixEntries, Program, SparseOperator
+
+
+def _stack_columns(matrix: Any, rows: int, columns: int) -> Any:
+    """Return a matrix as one row per entry of its dense form, one column: for adding constants to a map."""
+    coo = sp.coo_array(matrix)
+    flat = coo.coords[0] * columns + coo.coords[1]
+    return sp.csc_array(sp.coo_array((coo.data, (flat, np.zeros_like(flat))), shape=(rows * columns, 1)))
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """One round of eliminations with constant definitions; turns a program into a smaller one.
+
+    Attributes:
+        kept: variables that stay.
+        gone: (k,) eliminated variables.
+        rows: (k,) the equality row that defines each.
+        kept_rows: rows that stay.
+        coefficient: (k,) c.
+        definitions: (k, n_kept) the rows e' divided by c.
+        definitions_transposed: its transpose.
+        hessian_columns: (n_full, k) the constant columns ``Q[:, gone]``.
+        hessian_rows: (k, n_full) the same rows of Q.
+    """
+
+    kept: IndexArray
+    gone: IndexArray
+    rows: IndexArray
+    kept_rows: IndexArray
+    coefficient: FloatArray
+    definitions: SparseOperator
+    definitions_transposed: SparseOperator
+    hessian_columns: SparseOperator
+    hessian_rows: SparseOperator
+
+    def presolve(self, rhs_primal: FloatArray, rhs_rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Reduce a right-hand side of the KKT system: ``K'(rhs_primal - Q o)`` and the rows that stay."""
+        offset = np.ascontiguousarray(rhs_rows[:, self.rows]) / self.coefficient
+        full = rhs_primal.copy()
+        self.hessian_columns.add_to(-offset, full)
+        reduced = np.ascontiguousarray(full[:, self.kept])
+        self.definitions_transposed.add_to(-np.ascontiguousarray(full[:, self.gone]), reduced)
+        return reduced, np.ascontiguousarray(rhs_rows[:, self.kept_rows])
+
+    def postsolve(
+        self, primal: FloatArray, multipliers: FloatArray, rhs_primal: FloatArray, rhs_rows: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Recover the eliminated variables and the multipliers of their rows (module docstring)."""
+        batch = primal.shape[0]
+        value = np.ascontiguousarray(rhs_rows[:, self.rows]) / self.coefficient
+        self.definitions.add_to(-primal, value)
+        x = np.empty((batch, len(self.kept) + len(self.gone)))
+        x[:, self.kept] = primal
+        x[:, self.gone] = value
+        nu = np.empty((batch, len(self.kept_rows) + len(self.rows)))
+        nu[:, self.kept_rows] = multipliers
+        gradient = np.ascontiguousarray(rhs_primal[:, self.gone])
+        self.hessian_rows.add_to(-x, gradient)
+        nu[:, self.rows] = gradient / self.coefficient
+        return x, nu
+
+
+def _column_counts(pattern: Any) -> IndexArray:
+    return np.diff(sp.csc_array(pattern).indptr).astype(np.int64)
+
+
+def _choose(program: Program, allowed: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Choose (row, variable) pairs: the variable is defined by the row and appears in no other row.
+
+    A pair is worth taking when the variable has no curvature of its own, or when nothing else in its row has:
+    otherwise eliminating would fill a diagonal Hessian (``1'x = 1`` with no bounds) without need.
+
+    Args:
+        program: the program.
+        allowed: (n,) variables that may go.
+    """
+    matrix = program.matrix
+    pattern = sp.csr_array(matrix.pattern())
+    counts = _column_counts(pattern)
+    quadratic = sp.csr_array(program.quadratic.pattern())
+    curved = np.diff(quadratic.indptr) > 0
+    varying = np.zeros(matrix.shape, dtype=bool) if matrix.constant else None
+    if varying is None:
+        mask = matrix.values.varying
+        varying_pairs = set(zip(matrix.rows[mask].tolist(), matrix.columns[mask].tolist(), strict=True))
+    else:
+        varying_pairs: set[tuple[int, int]] = set()
+    pairs: list[tuple[int, int]] = []
+    taken = np.zeros(program.num_variables, dtype=bool)
+    for row in range(program.num_equalities):
+        columns = pattern.indices[pattern.indptr[row] : pattern.indptr[row + 1]]
+        candidates = [
+            int(t) for t in columns if counts[t] == 1 and allowed[t] and (row, int(t)) not in varying_pairs
+        ]
+        best: tuple[int, int] | None = None
+        for t in candidates:
+            others_curved = bool(np.any(curved[columns[columns != t]]))
+            if curved[t] and others_curved and (len(candidates) > 1 or program.outputs[t]):
+                continue
+            rank = (2 if curved[t] else 1) + (0 if program.outputs[t] else 2)
+            if best is None or rank > best[0]:
+                best = (rank, t)
+        if best is not None and not taken[best[1]]:
+            pairs.append((row, best[1]))
+            taken[best[1]] = True
+    # Eliminated variables must not couple through Q with each other's rows in ways that need an order: they do
+    # not, because each appears in its own row only and K'QK is formed at once.
+    return pairs
+
+
+def _entry_lookup(matrix: Any, rows: IndexArray, columns: IndexArray) -> FloatArray:
+    return np.asarray(sp.csr_array(matrix)[rows, columns]).ravel()
+
+
+def eliminate_once(program: Program) -> tuple[Program, Elimination] | None:
+    """Eliminate variables whose definition and curvature are constant; None when there are none."""
+    matrix = program.matrix
+    varying = matrix.values.varying
+    varying_rows = np.zeros(program.num_rows, dtype=bool)
+    varying_rows[matrix.rows[varying]] = True
+    curvature_varies = np.zeros(program.num_variables, dtype=bool)
+    moving = program.quadratic.values.varying
+    curvature_varies[program.quadratic.rows[moving]] = True
+    curvature_varies[program.quadratic.columns[moving]] = True
+    pairs = [(row, t) for row, t in _choose(program, ~curvature_varies) if not varying_rows[row]]
+    if not pairs:
+        return None
+    rows = np.array([row for row, _ in pairs], dtype=np.int64)
+    gone = np.array([t for _, t in pairs], dtype=np.int64)
+    n, m = program.num_variables, program.num_rows
+    stays = np.ones(n, dtype=bool)
+    stays[gone] = False
+    kept = np.flatnonzero(stays).astype(np.int64)
+    row_stays = np.ones(m, dtype=bool)
+    row_stays[rows] = False
+    kept_rows = np.flatnonzero(row_stays).astype(np.int64)
+
+    constant = sp.csr_array(matrix.constant_part())
+    coefficient = _entry_lookup(constant, rows, gone)
+    definitions = sp.csr_array(sp.diags_array(1.0 / coefficient) @ constant[rows][:, kept])
+    quadratic = sp.csr_array(program.quadratic.constant_part())
+    step = Elimination(
+        kept,
+        gone,
+        rows,
+        kept_rows,
+        coefficient,
+        SparseOperator.build(definitions),
+        SparseOperator.build(definitions.T),
+        SparseOperator.build(quadratic[:, gone]),
+        SparseOperator.build(quadratic[gone]),
+    )
+
+    # K'QK: the constant part in full, the varying entries only among the kept variables.
+    expand = sp.lil_array((n, len(kept)))
+    expand[kept, np.arange(len(kept))] = 1.0
+    expand = sp.csr_array(expand)
+    scatter = sp.csr_array(sp.coo_array((np.ones(len(gone)), (gone, np.arange(len(gone)))), shape=(n, len(gone))))
+    expand = sp.csr_array(expand - scatter @ definitions)
+    reduced_constant = sp.coo_array(expand.T @ quadratic @ expand)
+    place = np.full(n, -1, dtype=np.int64)
+    place[kept] = np.arange(len(kept))
+    row_place = np.full(m, -1, dtype=np.int64)
+    row_place[kept_rows] = np.arange(len(kept_rows))
+    size = len(kept)
+    parameters = program.parameter_sizes
+    moving_entries = np.flatnonzero(moving)
+    offset_column = sp.csr_array(
+        sp.coo_array(
+            (
+                reduced_constant.data,
+                (np.arange(reduced_constant.nnz), np.full(reduced_constant.nnz, int(sum(parameters)))),
+            ),
+            shape=(reduced_constant.nnz, int(sum(parameters)) + 1),
+        )
+    )
+    moving_map = sp.csr_array(program.quadratic.values.matrix)[moving_entries]
+    new_quadratic = MatrixEntries(
+        (size, size),
+        np.concatenate([reduced_constant.coords[0], place[program.quadratic.rows[moving_entries]]]).astype(np.int64),
+        np.concatenate([reduced_constant.coords[1], place[program.quadratic.columns[moving_entries]]]).astype(np.int64),
+        AffineMap(sp.vstack([offset_column, moving_map]), parameters),
+    )
+    in_rows = np.flatnonzero(row_stays[matrix.rows] & stays[matrix.columns])
+    new_matrix = matrix.select(
+        in_rows, row_place[matrix.rows[in_rows]], place[matrix.columns[in_rows]], (len(kept_rows), size)
+    )
+    # The linear term depends on the right-hand side through o; presolve() computes it, the map is unused below.
+    reduced = Program(
+        size,
+        program.num_equalities - len(rows),
+        new_quadratic,
+        program.linear.take(kept),
+        new_matrix,
+        program.rhs.take(kept_rows),
+        program.outputs[kept],
+        tuple(program.row_names[row] for row in kept_rows),
+    )
+    return reduced, step
+
+
+def reduce_constant(program: Program) -> tuple[Program, list[Elimination]]:
+    """Repeat :func:`eliminate_once` until nothing more can go."""
+    steps: list[Elimination] = []
+    while True:
+        found = eliminate_once(program)
+        if found is None:
+            return program, steps
+        program, step = found
+        steps.append(step)
+
+
+@dataclass(frozen=True)
+class VaryingElimination:
+    """The last round: definitions or curvatures that depend on parameters, as in ``||R x - y||^2`` with R given.
+
+    The eliminated variables have diagonal curvature ``W`` and no coupling to others, so with ``t = o - E x``
+
+        Q_red = Q_kk + E'W E,      reduced rhs = g_k - E'(g_t - W o).
+    """
+
+    kept: IndexArray
+    gone: IndexArray
+    rows: IndexArray
+    kept_rows: IndexArray
+    coefficient: FloatArray
+    definitions: MatrixEntries
+    curvature: AffineMap
+    remaining: Program
+    diagonal: bool
+
+
+def take_matrix(matrix: MatrixEntries, rows: IndexArray, columns: IndexArray) -> MatrixEntries:
+    """Restrict to some rows and columns, renumbered."""
+    row_place = np.full(matrix.shape[0], -1, dtype=np.int64)
+    row_place[rows] = np.arange(len(rows))
+    column_place = np.full(matrix.shape[1], -1, dtype=np.int64)
+    column_place[columns] = np.arange(len(columns))
+    keep = np.flatnonzero((row_place[matrix.rows] >= 0) & (column_place[matrix.columns] >= 0))
+    return matrix.select(
+        keep.astype(np.int64),
+        row_place[matrix.rows[keep]],
+        column_place[matrix.columns[keep]],
+        (len(rows), len(columns)),
+    )
+
+
+def is_diagonal(quadratic: MatrixEntries) -> bool:
+    """Whether every structural non-zero of Q lies on the diagonal."""
+    pattern = sp.coo_array(quadratic.pattern())
+    return bool(np.all(pattern.coords[0] == pattern.coords[1]))
+
+
+def eliminate_varying(program: Program) -> VaryingElimination | None:
+    """Find the last round of eliminations; None when there are none."""
+    pattern = sp.coo_array(program.quadratic.pattern())
+    coupled = np.zeros(program.num_variables, dtype=bool)
+    off = pattern.coords[0] != pattern.coords[1]
+    coupled[pattern.coords[0][off]] = True
+    pairs = _choose(program, ~coupled)
+    if not pairs:
+        return None
+    rows = np.array([row for row, _ in pairs], dtype=np.int64)
+    gone = np.array([t for _, t in pairs], dtype=np.int64)
+    kept = np.setdiff1d(np.arange(program.num_variables), gone).astype(np.int64)
+    kept_rows = np.setdiff1d(np.arange(program.num_rows), rows).astype(np.int64)
+    coefficient = _entry_lookup(program.matrix.constant_part(), rows, gone)
+    definitions = take_matrix(program.matrix, rows, kept)
+    scale = sp.diags_array(1.0 / coefficient[definitions.rows])
+    definitions = MatrixEntries(
+        definitions.shape,
+        definitions.rows,
+        definitions.columns,
+        AffineMap(sp.csc_array(scale @ definitions.values.matrix), program.parameter_sizes),
+    )
+    quadratic = program.quadratic
+    select = np.full((len(gone),), -1, dtype=np.int64)
+    place = np.full(program.num_variables, -1, dtype=np.int64)
+    place[gone] = np.arange(len(gone))
+    on_diagonal = np.flatnonzero((quadratic.rows == quadratic.columns) & (place[quadratic.rows] >= 0))
+    gather = sp.csr_array(
+        sp.coo_array(
+            (np.ones(len(on_diagonal)), (place[quadratic.rows[on_diagonal]], on_diagonal)),
+            shape=(len(select), len(quadratic.rows)),
+        )
+    )
+    curvature = AffineMap(sp.csc_array(gather @ sp.csr_array(quadratic.values.matrix)), program.parameter_sizes)
+    remaining = Program(
+        len(kept),
+        program.num_equalities - len(rows),
+        take_matrix(quadratic, kept, kept),
+        program.linear.take(kept),
+        take_matrix(program.matrix, kept_rows, kept),
+        program.rhs.take(kept_rows),
+        program.outputs[kept],
+        tuple(program.row_names[row] for row in kept_rows),
+    )
+    single = bool(np.all(np.diff(sp.csr_array(definitions.pattern()).indptr) <= 1))
+    diagonal = single and is_diagonal(remaining.quadratic)
+    return VaryingElimination(kept, gone, rows, kept_rows, coefficient, definitions, curvature, remaining, diagonal)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Inequality rows with one constant entry, grouped by variable and side.
+
+    A row ``a x_j <= b`` is ``x_j <= b / a`` for a > 0 and ``x_j >= b / a`` for a < 0. Several rows may limit the
+    same side: the tightest counts, and its row receives the multiplier.
+
+    Attributes:
+        variables: (nb,) variables with at least one limit.
+        rows: rows that became limits.
+        kept_rows: the other rows.
+        upper_rows, lower_rows: (nb, width) candidate rows per variable, -1 where there is none.
+        upper_coefficient, lower_coefficient: (nb, width) the entries a, 1 where there is none.
+    """
+
+    variables: IndexArray
+    rows: IndexArray
+    kept_rows: IndexArray
+    upper_rows: IndexArray
+    upper_coefficient: FloatArray
+    lower_rows: IndexArray
+    lower_coefficient: FloatArray
+
+    @property
+    def plain(self) -> bool:
+        """Whether every side has at most one candidate row."""
+        return self.upper_rows.shape[1] <= 1 and self.lower_rows.shape[1] <= 1
+
+    def _limits(self, rhs: FloatArray, rows: IndexArray, coefficient: FloatArray, fill: float) -> FloatArray:
+        gathered = rhs[:, np.maximum(rows, 0).ravel()].reshape(rhs.shape[0], *rows.shape)
+        return np.where(rows >= 0, gathered / coefficient, fill)
+
+    def limits(self, rhs: FloatArray) -> tuple[FloatArray, FloatArray, IndexArray, IndexArray]:
+        """Return lower and upper limits (B, nb) and, for each, the row that sets it (B, nb)."""
+        upper = self._limits(rhs, self.upper_rows, self.upper_coefficient, np.inf)
+        lower = self._limits(rhs, self.lower_rows, self.lower_coefficient, -np.inf)
+        if self.plain:
+            shape = (rhs.shape[0], len(self.variables))
+            return (
+                np.ascontiguousarray(lower[:, :, 0]),
+                np.ascontiguousarray(upper[:, :, 0]),
+                np.zeros(shape, dtype=np.int64),
+                np.zeros(shape, dtype=np.int64),
+            )
+        at_upper = np.argmin(upper, axis=2)
+        at_lower = np.argmax(lower, axis=2)
+        return (
+            np.ascontiguousarray(np.take_along_axis(lower, at_lower[:, :, None], 2)[:, :, 0]),
+            np.ascontiguousarray(np.take_along_axis(upper, at_upper[:, :, None], 2)[:, :, 0]),
+            at_lower.astype(np.int64),
+            at_upper.astype(np.int64),
+        )
+
+
+def find_bounds(program: Program) -> Bounds:
+    """Find the inequality rows with exactly one structural entry, constant and non-zero."""
+    matrix = program.matrix
+    pattern = sp.csr_array(matrix.pattern())
+    counts = np.diff(pattern.indptr)
+    varying_rows = np.zeros(program.num_rows, dtype=bool)
+    varying_rows[matrix.rows[matrix.values.varying]] = True
+    single = (counts == 1) & ~varying_rows
+    single[: program.num_equalities] = False
+    rows = np.flatnonzero(single).astype(np.int64)
+    constant = sp.csr_array(matrix.constant_part())
+    upper: dict[int, list[tuple[int, float]]] = {}
+    lower: dict[int, list[tuple[int, float]]] = {}
+    for row in rows:
+        j = int(pattern.indices[pattern.indptr[row]])
+        a = float(constant[int(row), j])
+        (upper if a > 0 else lower).setdefault(j, []).append((int(row), a))
+    variables = np.array(sorted(set(upper) | set(lower)), dtype=np.int64)
+
+    def table(side: dict[int, list[tuple[int, float]]]) -> tuple[IndexArray, FloatArray]:
+        width = max([1, *(len(found) for found in side.values())])
+        index = np.full((len(variables), width), -1, dtype=np.int64)
+        coefficient = np.ones((len(variables), width))
+        for position, j in enumerate(variables):
+            for slot, (row, a) in enumerate(side.get(int(j), [])):
+                index[position, slot] = row
+                coefficient[position, slot] = a
+        return index, coefficient
+
+    kept_rows = np.flatnonzero(~single).astype(np.int64)
+    return Bounds(variables, rows, kept_rows, *table(upper), *table(lower))

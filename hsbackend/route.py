@@ -1,0 +1,141 @@
+"""Choose a solver for a reduced program and say why, in words.
+
+The decision is taken once, on structure and constants. What depends on parameters may only choose between prepared
+ways (an item whose Hessian turns out indefinite gets a status, never another algorithm without a word).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import scipy.sparse as sp
+
+from hsbackend.program import IndexArray, MatrixEntries, Program
+from hsbackend.reduce import Bounds, Elimination, VaryingElimination, is_diagonal
+
+SolverName = Literal["semismooth_newton", "active_set", "reference", "diffcp"]
+
+#: Average squared column count of N up to which Newton's assembly beats the Gram matrix of the active set
+#: (measured: docs/performance.md).
+_NEWTON_DENSITY = 150.0
+#: The dense solvers hold (n + rows)^2 numbers; above this the problem belongs to a sparse solver.
+_DENSE_LIMIT = 8000
+
+
+@dataclass(frozen=True)
+class Route:
+    """What was recognised and which solver takes it.
+
+    ``str(route)`` is the report a user reads.
+
+    Attributes:
+        solver: the solver's name; ``"diffcp"`` when the problem goes back to the default backend.
+        reason: one sentence: why this solver, or the first thing that rules the others out.
+        notes: what the presolve did, one entry per finding.
+        proximal: auxiliary variables without curvature, handled by proximal steps.
+    """
+
+    solver: SolverName
+    reason: str
+    notes: tuple[str, ...] = ()
+    proximal: tuple[int, ...] = ()
+
+    @property
+    def polyhedral(self) -> bool:
+        """Whether one of our solvers takes the problem."""
+        return self.solver != "diffcp"
+
+    def __str__(self) -> str:
+        """Return the report."""
+        head = "polyhedral QP" if self.polyhedral else "not handled by hsbackend"
+        lines = [f"hsbackend: {head} -> {self.solver}", f"  reason: {self.reason}"]
+        lines += [f"  - {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _plural(count: int, singular: str, plural: str | None = None) -> str:
+    return f"{count} {singular if count == 1 else (plural or singular + 's')}"
+
+
+def describe(
+    program: Program, steps: list[Elimination], varying: VaryingElimination | None, bounds: Bounds, reduced: Program
+) -> list[str]:
+    """Say what the presolve found."""
+    notes = [f"canonical form: {_plural(program.num_variables, 'variable')}, {_plural(program.num_rows, 'row')}"]
+    eliminated = sum(len(step.gone) for step in steps)
+    if eliminated:
+        notes.append(f"{_plural(eliminated, 'definitional equality', 'definitional equalities')} removed")
+    if varying is not None:
+        notes.append(
+            f"{_plural(len(varying.gone), 'definitional equality', 'definitional equalities')} "
+            "with parameters removed (the Hessian is formed per call)"
+        )
+    if len(bounds.rows):
+        notes.append(
+            f"{_plural(len(bounds.rows), 'singleton row')} became bounds on "
+            f"{_plural(len(bounds.variables), 'variable')}"
+        )
+    inequality = int(np.sum(bounds.kept_rows >= reduced.num_equalities))
+    notes.append(
+        f"{_plural(reduced.num_equalities, 'equality row')} and {_plural(inequality, 'inequality row')} left, "
+        f"{_plural(reduced.num_variables, 'variable')}"
+    )
+    return notes
+
+
+def choose(
+    reduced: Program,
+    rows: MatrixEntries,
+    bounds: Bounds,
+    diagonal: bool,
+    hessian_pattern: object,
+    notes: list[str],
+    requested: SolverName | None,
+) -> Route:
+    """Choose the solver of a reduced program.
+
+    Args:
+        reduced: what is left after the eliminations.
+        rows: the rows that are not bounds.
+        bounds: the bounds.
+        diagonal: whether the reduced Hessian is diagonal.
+        hessian_pattern: (n, n) boolean scipy matrix of the reduced Hessian's structure.
+        notes: findings of the presolve, for the report.
+        requested: a solver the caller insists on.
+
+    Returns:
+        The route; ``"diffcp"`` with the reason when no solver of ours can take the problem.
+    """
+    n = reduced.num_variables
+    curved = np.diff(sp.csr_array(hessian_pattern).indptr) > 0
+    flat: IndexArray = np.flatnonzero(~curved).astype(np.int64)
+    if len(flat):
+        if np.all(~curved) or np.any(reduced.outputs[flat]):
+            reason = (
+                f"{_plural(len(flat), 'variable')} of the reduced problem have no quadratic term: the optimal point "
+                "need not be unique (linear program or semidefinite Hessian)"
+            )
+            return Route("diffcp", reason, tuple(notes))
+        notes = [*notes, f"{_plural(len(flat), 'epigraph variable')} without curvature: proximal steps"]
+    total = rows.shape[0] + len(bounds.variables)
+    counts = np.bincount(rows.columns, minlength=n).astype(np.float64) if rows.shape[0] else np.zeros(n)
+    density = float(np.mean(counts**2)) if n else 0.0
+    newton_possible = diagonal and not len(flat) and len(bounds.variables) > 0
+    if requested == "reference":
+        return Route("reference", "requested", tuple(notes), tuple(flat.tolist()))
+    if requested == "semismooth_newton" and not newton_possible:
+        missing = "a diagonal Hessian" if not diagonal else "bounds"
+        return Route("diffcp", f"semismooth_newton was requested but needs {missing}", tuple(notes))
+    if newton_possible and requested != "active_set" and (density <= _NEWTON_DENSITY or requested is not None):
+        reason = f"diagonal Hessian, {_plural(len(bounds.variables), 'bounded variable')}, sparse rows"
+        return Route("semismooth_newton", reason, tuple(notes))
+    if n + total > _DENSE_LIMIT:
+        return Route(
+            "diffcp", f"{n} variables and {total} rows are too many for the dense active-set solver", tuple(notes)
+        )
+    kind = "diagonal" if diagonal else "dense"
+    return Route(
+        "active_set", f"{kind} Hessian, {_plural(total, 'row')} and bounds", tuple(notes), tuple(flat.tolist())
+    )

@@ -1,0 +1,228 @@
+"""Batched dual active-set method in Gram space: finite, exact, never wrong on a solvable strictly convex problem.
+
+The mathematics of one item is in :mod:`hsbackend.solvers._gram_kernels`; this module runs it over a batch. Auxiliary
+variables without curvature (epigraph variables of norm-1, norm-inf, max, abs) are handled by proximal steps:
+``H + delta I`` on them is factored and the item is solved repeatedly from the last point, warm-started with the last
+working set. The outer loop ends when the point repeats, after a handful of steps because the working set settles.
+
+Source: Goldfarb and Idnani, "A numerically stable dual method for solving strictly convex quadratic programs" (1983);
+two-sided rows and the proximal loop follow Arnstrom, Bemporad and Axehill, "A dual active-set solver for embedded
+quadratic programming using recursive LDL' updates" (2022), whose code (MIT) was not used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hsbackend._parallel import for_each_item
+from hsbackend.face import GramFace
+from hsbackend.metric import ItemMetric, Metric, SharedMetric, matmul
+from hsbackend.program import FloatArray, IndexArray, QPValues
+from hsbackend.solvers._gram_kernels import normalise, solve_items
+from hsbackend.solvers.result import Options, Result
+from hsbackend.status import Status
+
+#: Weight of the proximal term relative to the largest curvature. Small weights converge in fewer outer steps but
+#: put numbers of size 1/weight into the Gram matrix; 1e-4 keeps twelve digits (measured on epigraph fuzz problems).
+PROXIMAL_WEIGHT = 1e-4
+
+
+def gather(stores: list[FloatArray], offset: IndexArray) -> FloatArray:
+    """Join the storage of the workers; worker t of T owns the items t, t + T, ...; shift ``offset`` to match."""
+    if len(stores) == 1:
+        return stores[0]
+    begin = 0
+    for worker, store in enumerate(stores):
+        offset[worker :: len(stores)] += begin
+        begin += len(store)
+    return np.concatenate(stores)
+
+
+class GramSetup:
+    """What the active-set solver keeps between calls for constant ``H`` and ``N``: one metric, one scaled Gram matrix.
+
+    Args:
+        hessian: (1, n, n) or (1, n).
+        rows: (1, m, n), equalities first.
+        num_equalities: number of equality rows.
+        bounded: (nb,) variables with limits.
+        proximal: (ns,) variables without curvature.
+    """
+
+    def __init__(self, hessian: FloatArray, rows: FloatArray, num_equalities: int, bounded: IndexArray,
+                 proximal: IndexArray) -> None:  # fmt: skip
+        """Factor once."""
+        n = hessian.shape[-1]
+        dense = np.diag(hessian[0]) if hessian.ndim == 2 else hessian[0]
+        self.weight = PROXIMAL_WEIGHT * float(np.abs(np.diag(dense)).max(initial=0.0))
+        if len(proximal):
+            dense = dense.copy()
+            dense[proximal, proximal] += self.weight
+        units = np.zeros((len(bounded), n))
+        units[np.arange(len(bounded)), bounded] = 1.0
+        inequalities = np.concatenate([rows[0, num_equalities:], units])
+        self.metric = SharedMetric(dense, np.ascontiguousarray(rows[0, :num_equalities]), inequalities)
+        if self.metric.convex:
+            self.gram = self.metric.gram
+            self.scale = np.empty(self.gram.shape[:2])
+            for_each_item(normalise, 1, 1.0, self.gram, self.scale)
+
+
+def solve(values: QPValues, options: Options, setup: GramSetup | None = None, warm: GramFace | None = None) -> Result:
+    """Solve a batch of strictly convex quadratic programs.
+
+    Args:
+        values: the problems.
+        options: tolerances and what to keep.
+        setup: factored constant data; made here when ``hessian`` and ``rows`` are shared and none is given.
+        warm: face of an earlier solution of the same structure and batch; its working sets are the first guess.
+
+    Returns:
+        Result with multipliers in the sign convention of :mod:`hsbackend.program` and signed bound multipliers
+        (positive at the upper limit).
+    """
+    batch, n = values.batch, values.num_variables
+    m, nb, n_eq = values.rows.shape[1], len(values.bounded), values.num_equalities
+    shared = values.hessian.shape[0] == 1 and values.rows.shape[0] == 1
+    status = np.zeros(batch, dtype=np.int8)
+    weight = 0.0
+    metric: Metric
+    if shared:
+        if setup is None:
+            setup = GramSetup(values.hessian, values.rows, n_eq, values.bounded, values.proximal)
+        metric = setup.metric
+        if not metric.convex:
+            return Result.failed(values, Status.NOT_STRICTLY_CONVEX)
+        gram, scale, weight = setup.gram, setup.scale, setup.weight
+        eliminated = n_eq
+        status[metric.inconsistent(values.rhs_rows[:, :n_eq]) > 1e-8] = Status.INFEASIBLE
+    else:
+        dense = values.hessian
+        if values.diagonal:
+            dense = np.zeros((dense.shape[0], n, n))
+            dense[:, np.arange(n), np.arange(n)] = values.hessian
+        if len(values.proximal):
+            weight = PROXIMAL_WEIGHT * float(np.nan_to_num(np.abs(np.einsum("bii->bi", dense)).max(initial=0.0)))
+            dense = dense.copy()
+            dense[:, values.proximal, values.proximal] += weight
+        metric = ItemMetric(np.ascontiguousarray(dense), values.rows, values.bounded, batch, n_eq)
+        status = metric.status
+        gram = metric.gram
+        scale = np.empty(gram.shape[:2])
+        for_each_item(normalise, batch, float(gram.shape[1] ** 2), gram, scale)
+        eliminated = 0
+
+    rhs_equalities = np.ascontiguousarray(values.rhs_rows[:, :eliminated])
+    point, base = metric.free(values.rhs_primal, rhs_equalities)
+    total = base.shape[1]
+    left = m - eliminated
+    upper = np.concatenate([values.rhs_rows[:, eliminated:], values.upper], axis=1)
+    lower = np.full((batch, total), -np.inf)
+    lower[:, left:] = values.lower
+    equal = n_eq - eliminated
+    lower[:, :equal] = upper[:, :equal]
+
+    ns = len(values.proximal)
+    if ns:
+        prox_rows, prox_block = metric.proximal_parts(values.proximal)
+        if shared:
+            prox_origin = np.ascontiguousarray(point[:, values.proximal])
+        else:
+            origin, _ = metric.finish(point, np.zeros((batch, total)), values.rhs_primal, rhs_equalities)
+            prox_origin = np.ascontiguousarray(origin[:, values.proximal])
+    else:
+        lead = gram.shape[0]
+        prox_rows, prox_block = np.zeros((lead, total, 0)), np.zeros((lead, 0, 0))
+        prox_origin = np.zeros((batch, 0))
+    prox_point = np.zeros((batch, ns))
+    multipliers = np.zeros((batch, total))
+    steps = np.zeros(batch, dtype=np.int64)
+    working = np.zeros((batch, total), dtype=np.int64)
+    side = np.zeros((batch, total), dtype=np.int64)
+    count = np.zeros(batch, dtype=np.int64)
+    offset = np.zeros(batch, dtype=np.int64)
+    warm_side = side if warm is None else warm.side
+    if warm_side.shape != side.shape:
+        raise ValueError(f"warm start has shape {warm_side.shape}, expected {side.shape}: same structure and batch")
+    arguments: tuple[Any, ...] = (
+        gram, scale, base, lower, upper, equal, options.inner_tolerance, 50 + 10 * (total + n),
+        options.jacobian == "support", options.active_tolerance, options.keep_face,
+        weight, prox_rows, prox_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
+        status, multipliers, steps, working, side, count, offset,
+    )  # fmt: skip
+    stores = for_each_item(solve_items, batch, float(total * (10 + total)), *arguments)
+
+    rhs_primal = values.rhs_primal
+    if ns:
+        rhs_primal = rhs_primal.copy()
+        rhs_primal[:, values.proximal] += weight * prox_point
+        point, _ = metric.free(rhs_primal, rhs_equalities)
+    primal, equalities = metric.finish(point, multipliers, rhs_primal, rhs_equalities)
+    rows = np.concatenate([equalities, multipliers[:, :left]], axis=1)
+    face = None
+    if options.keep_face:
+        inverse = gather(stores, offset)
+        face = GramFace(
+            metric, scale, working, count, offset, inverse, side, n_eq, m, values.proximal, weight
+        )  # fmt: skip
+    return Result(primal, rows, np.ascontiguousarray(multipliers[:, left:]), status, steps, face)
+
+
+def _times(matrix: FloatArray, vector: FloatArray) -> FloatArray:
+    """``matrix @ vector`` for (1 or B, k, n) and (B, n)."""
+    if matrix.shape[0] == 1:
+        return matmul(vector, np.ascontiguousarray(matrix[0].T))
+    return matmul(matrix, vector[:, :, None])[:, :, 0]
+
+
+def _residuals(values: QPValues, primal: FloatArray, rows: FloatArray, bounds: FloatArray) -> tuple[FloatArray, ...]:
+    """Return stationarity (B, n), row violation (B, m) and bound violation (B, nb), signed."""
+    if values.diagonal:
+        stationarity = values.hessian * primal - values.rhs_primal
+    else:
+        stationarity = _times(values.hessian, primal) - values.rhs_primal
+    if rows.shape[1]:
+        if values.rows.shape[0] == 1:
+            stationarity += matmul(rows, values.rows[0])
+        else:
+            stationarity += matmul(rows[:, None, :], values.rows)[:, 0]
+    stationarity[:, values.bounded] += bounds
+    violation = _times(values.rows, primal) - values.rhs_rows
+    me = values.num_equalities
+    violation[:, me:] = np.where(rows[:, me:] > 0.0, violation[:, me:], np.maximum(violation[:, me:], 0.0))
+    x = primal[:, values.bounded]
+    over = np.where(bounds > 0.0, x - values.upper, np.maximum(x - values.upper, 0.0))
+    under = np.where(bounds < 0.0, x - values.lower, np.minimum(x - values.lower, 0.0))
+    return stationarity, violation, over + under
+
+
+def verify(values: QPValues, options: Options, result: Result) -> Result:
+    """Check the KKT conditions against the data themselves, refine once where needed, and mark what still fails.
+
+    The solver works with the Gram matrix; an ill-conditioned Hessian can make a solution that is exact there
+    inaccurate here. The residual is relative: stationarity to the largest of its terms, violations to the limit and
+    the point.
+    """
+    solved = result.status == Status.SOLVED
+    for attempt in range(3):
+        stationarity, violation, outside = _residuals(values, result.primal, result.rows, result.bounds)
+        size_dual = 1.0 + np.abs(values.rhs_primal).max(axis=1, initial=0.0)
+        size_primal = 1.0 + np.abs(result.primal).max(axis=1, initial=0.0)
+        worst = np.abs(stationarity).max(axis=1, initial=0.0) / size_dual
+        if violation.shape[1]:
+            limit = np.where(np.isfinite(values.rhs_rows), np.abs(values.rhs_rows), 0.0)
+            worst = np.maximum(worst, (np.abs(violation) / (size_primal[:, None] + limit)).max(axis=1))
+        if outside.shape[1]:
+            worst = np.maximum(worst, (np.abs(outside) / size_primal[:, None]).max(axis=1))
+        late = solved & ~(worst <= options.tolerance)
+        # Near the tolerance a refinement is cheap insurance; further away it is needed.
+        if attempt == 2 or result.face is None or not np.any(solved & ~(worst <= 1e-3 * options.tolerance)):
+            break
+        correction = result.face.kkt_solve(-stationarity, -violation, -outside)
+        result.primal[solved] += correction.primal[solved]
+        result.rows[solved] += correction.rows[solved]
+        result.bounds[solved] += correction.bounds[solved]
+    result.status[late] = Status.NOT_CONVERGED
+    return result

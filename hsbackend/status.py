@@ -1,0 +1,96 @@
+"""Outcomes of a solve, one per batch item, and the errors the library raises.
+
+An outcome is a value: solvers return an array of :class:`Status` codes, shape ``(B,)``, and nobody
+raises for a single item until the caller asked for it (``on_failure="raise"``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Status(IntEnum):
+    """Outcome of one batch item. The docstring of a member is what the user should know about it."""
+
+    SOLVED = 0
+    """The returned point satisfies the KKT conditions within the requested tolerance."""
+    INFEASIBLE = 1
+    """No point satisfies the constraints; the conflicting rows are in the error message."""
+    UNBOUNDED = 2
+    """The objective decreases without bound on the feasible set."""
+    INVALID_INPUT = 3
+    """A parameter of this item holds NaN, or an infinity where a finite number is needed."""
+    NOT_CONVERGED = 4
+    """The requested tolerance was not reached: check the conditioning of the data or loosen ``tolerance``."""
+    NOT_STRICTLY_CONVEX = 5
+    """The Hessian of this item is not positive definite on the subspace left by the equalities."""
+
+    @property
+    def sentence(self) -> str:
+        """Say in words what happened, in lower case, ready for ``item 3: ...``."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.SOLVED: "solved",
+    Status.INFEASIBLE: "infeasible",
+    Status.UNBOUNDED: "unbounded",
+    Status.INVALID_INPUT: "the parameters hold NaN or infinity",
+    Status.NOT_CONVERGED: "the requested tolerance was not reached; check the scaling of the data or loosen `tolerance`",
+    Status.NOT_STRICTLY_CONVEX: (
+        "the Hessian is not positive definite on the equality constraints; add a small quadratic term to the objective"
+    ),
+}
+
+
+class HSBackendError(Exception):
+    """Base class of every error raised by hsbackend."""
+
+
+class SolveError(HSBackendError, RuntimeError):
+    """Some items of a batch have no solution.
+
+    Attributes:
+        status: ``(B,)`` int8 array of :class:`Status` codes of the whole batch.
+    """
+
+    def __init__(self, message: str, status: NDArray[np.int8]) -> None:
+        """Keep the message and the status of every item."""
+        super().__init__(message)
+        self.status = status
+
+
+class UnsupportedProblemError(HSBackendError, ValueError):
+    """The problem is outside the class a solver was asked to handle; the message names what rules it out."""
+
+
+class InvalidOptionError(HSBackendError, ValueError):
+    """An option has an unknown name or a value outside its range; the message lists what is possible."""
+
+
+def failure_message(status: NDArray[np.int8], conflicts: dict[int, Sequence[str]]) -> str:
+    """Describe the failing items of a batch.
+
+    Args:
+        status: (B,) codes.
+        conflicts: for infeasible items, the names of the rows that cannot hold together.
+
+    Returns:
+        ``"2 of 8 items failed: item 3: infeasible, row 4 and row 9 conflict; item 5: ..."``, ten items at most.
+    """
+    failing = np.flatnonzero(status != Status.SOLVED)
+    parts: list[str] = []
+    for item in failing[:10]:
+        text = f"item {item}: {Status(int(status[item])).sentence}"
+        rows = conflicts.get(int(item), ())
+        if len(rows) == 1:
+            text += f", {rows[0]} cannot hold"
+        elif rows:
+            text += f", {', '.join(rows[:-1])} and {rows[-1]} conflict"
+        parts.append(text)
+    more = f"; and {len(failing) - 10} more" if len(failing) > 10 else ""
+    return f"{len(failing)} of {len(status)} items failed: {'; '.join(parts)}{more}"
