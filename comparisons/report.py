@@ -43,8 +43,8 @@ _LEGEND = (
     f"success: items feasible and within {SUCCESS_TOLERANCE:g} of the reference. outcome: correct (all items, all "
     f"gradients within {GRADIENT_TOLERANCE:g}), rough (all items within {ROUGH_TOLERANCE:g}, typical gradient within "
     f"{ROUGH_GRADIENT_TOLERANCE:g}), wrong, or failed. KKT res.: worst residual at the returned point with the "
-    "reference's multipliers. grad error: worst parameter and item. Times in ms for the whole batch, medians. x vs: how "
-    "many times faster; only rows whose answer counts have a ratio (peers: correct or rough, ours: correct)."
+    "reference's multipliers. grad error: worst parameter and item. Times in ms for the whole batch, medians. "
+    "x vs: how many times faster; only rows whose answer counts have a ratio (peers: correct or rough, ours: correct)."
 )
 
 _LIMITATIONS = """\

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numba  # pyright: ignore[reportMissingTypeStubs]
@@ -26,12 +27,12 @@ _POOL_OWNER = -1
 _POOL_SIZE = 0
 #: Below this many multiply-adds a second thread costs more than it saves (a dispatch is about 30 microseconds).
 _SERIAL_WORK = 60_000
+#: Kernels that have run in this process; kernels are module-level and live as long as it does.
+_USED: set[int] = set()
 
 
 class Kernel(Protocol):
-    """A compiled function; ``signatures`` grows when a call compiled something."""
-
-    signatures: list[Any]
+    """A compiled function."""
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the compiled code."""
@@ -78,21 +79,23 @@ def for_each_item(kernel: Kernel, batch: int, work_per_item: float, *arguments: 
     """
     threads = min(torch.get_num_threads(), batch)
     if threads <= 1 or batch * work_per_item < _SERIAL_WORK:
-        return [_call(kernel, 0, batch, 1, *arguments)]
-    if not kernel.signatures:  # compile once, not once per thread
-        return [_call(kernel, 0, batch, 1, *arguments)]
+        call = kernel if id(kernel) in _USED else partial(_first_call, kernel)
+        return [call(0, batch, 1, *arguments)]
+    if id(kernel) not in _USED:  # compile once, not once per thread
+        return [_first_call(kernel, 0, batch, 1, *arguments)]
     pool = _pool(threads - 1)
-    futures = [pool.submit(_call, kernel, worker, batch, threads, *arguments) for worker in range(1, threads)]
-    first = _call(kernel, 0, batch, threads, *arguments)
+    futures = [pool.submit(kernel, worker, batch, threads, *arguments) for worker in range(1, threads)]
+    first = kernel(0, batch, threads, *arguments)
     return [first, *(future.result() for future in futures)]
 
 
-def _call(kernel: Kernel, *arguments: Any) -> Any:
-    known = len(kernel.signatures)
+def _first_call(kernel: Kernel, *arguments: Any) -> Any:
+    """Call a kernel that may have to be compiled, and say so when that takes long."""
     began = time.perf_counter()
     result = kernel(*arguments)
     elapsed_s = time.perf_counter() - began
-    if len(kernel.signatures) > known and elapsed_s > 1.0:
+    _USED.add(id(kernel))
+    if elapsed_s > 1.0:
         name = getattr(kernel, "__name__", "kernel")
-        _LOGGER.warning("hsbackend compiled %s in %.1f s; later processes load it from Numba's cache", name, elapsed_s)
+        _LOGGER.warning("hsbackend prepared %s in %.1f s; later processes load it from Numba's cache", name, elapsed_s)
     return result

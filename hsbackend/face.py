@@ -20,7 +20,7 @@ import numpy as np
 
 from hsbackend._blas import dot
 from hsbackend._parallel import compile_kernel, for_each_item
-from hsbackend.metric import Metric, matmul
+from hsbackend.metric import Metric
 from hsbackend.program import FloatArray, IndexArray, QPValues
 
 
@@ -104,14 +104,17 @@ class GramFace:
             # (H + delta I) is what was factored: u <- solve(g + delta u) contracts by delta / (lambda + delta),
             # lambda the least curvature on the face (proximal point iteration on a fixed face).
             weight = self.proximal_weight
+            previous = np.inf
             for _ in range(100):
                 before = solution.primal[:, self.proximal]
                 shifted = rhs_primal.copy()
                 shifted[:, self.proximal] += weight * before
                 solution = self._solve(shifted, rhs_equalities, target)
                 change = np.abs(solution.primal[:, self.proximal] - before).max(initial=0.0)
-                if not change > 1e-14 * (1.0 + np.abs(before).max(initial=0.0)):
+                small = change <= 1e-14 * (1.0 + np.abs(before).max(initial=0.0))
+                if small or not change < 0.5 * previous:  # converged, or down to rounding
                     break
+                previous = change
         return solution
 
     def _solve(self, rhs_primal: FloatArray, rhs_equalities: FloatArray, target: FloatArray) -> KKTSolution:

@@ -25,6 +25,7 @@ import torch
 
 from hsbackend._blas import axpy, dot
 from hsbackend._parallel import compile_kernel, for_each_item
+from hsbackend.batched import matmul, weighted_gram
 from hsbackend.program import FloatArray, IndexArray
 from hsbackend.status import Status
 
@@ -34,11 +35,6 @@ _NOT_CONVEX = int(Status.NOT_STRICTLY_CONVEX)
 _SINGULAR = 1e-13
 #: Singular values of the unit-norm equality rows below this fraction of the largest mean dependent rows.
 _RANK = 1e-11
-
-
-def matmul(a: FloatArray, b: FloatArray) -> FloatArray:
-    """Multiply (batches of) matrices with as many threads as torch is allowed to use."""
-    return torch.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
 
 class SharedMetric:
@@ -257,8 +253,7 @@ class ItemMetric:
         self._half = np.empty((batch, n, total))
         arguments: tuple[Any, ...] = (hessian, rows, bounded, self._factor, self._half, self.status)
         for_each_item(_factor, batch, n * n * (n / 6.0 + total / 2.0), *arguments)
-        half = torch.from_numpy(self._half)
-        self.gram: FloatArray = torch.bmm(half.transpose(1, 2), half).numpy()
+        self.gram: FloatArray = weighted_gram(self._half, np.ones((1, n)), np.zeros((1, total, total)))
 
     def free(self, rhs_primal: FloatArray, rhs_equalities: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return ``L^-1 a`` (B, n) and the row values (B, M); the equalities are ordinary rows here."""

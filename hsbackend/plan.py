@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
 
 from hsbackend import reduce
+from hsbackend.batched import matvec, vecmat, weighted_gram
 from hsbackend.face import Face, GramFace
-from hsbackend.metric import matmul
 from hsbackend.program import FloatArray, IndexArray, Program, QPValues
 from hsbackend.route import Route, SolverName, choose, describe
 from hsbackend.solvers import active_set, reference, semismooth_newton
@@ -68,20 +67,6 @@ class Adjoint:
 
     primal: FloatArray
     rows: FloatArray
-
-
-def _weighted_product(definitions: FloatArray, vector: FloatArray) -> FloatArray:
-    """``vector @ definitions`` for (1 or B, k, n) and (B, k)."""
-    if definitions.shape[0] == 1:
-        return matmul(vector, definitions[0])
-    return matmul(vector[:, None, :], definitions)[:, 0]
-
-
-def _product(definitions: FloatArray, vector: FloatArray) -> FloatArray:
-    """``definitions @ vector`` for (1 or B, k, n) and (B, n)."""
-    if definitions.shape[0] == 1:
-        return matmul(vector, np.ascontiguousarray(definitions[0].T))
-    return matmul(definitions, vector[:, :, None])[:, :, 0]
 
 
 class Plan:
@@ -173,11 +158,7 @@ class Plan:
         if self._diagonal:
             diagonal = np.einsum("bii->bi", base) + np.einsum("bk,bkn->bn", curvature, definitions**2)
             return np.ascontiguousarray(diagonal)
-        tall = torch.from_numpy(definitions)
-        weighted = tall * torch.from_numpy(curvature)[:, :, None]
-        square = torch.matmul(tall.transpose(1, 2), weighted).numpy()
-        square += base
-        return np.ascontiguousarray(square)
+        return weighted_gram(definitions, curvature, base)
 
     def solve(self, parameters: Sequence[FloatArray], options: Options, warm: Face | None = None) -> Solution:
         """Solve for a batch of parameter values.
@@ -207,9 +188,22 @@ class Plan:
             np.ascontiguousarray(row_side[:, self._bounds.kept_rows]), self._bounds.variables, lower, upper,
             self._proximal,
         )  # fmt: skip
+        # A variable whose bounds cross has no value; the solvers take bounds for granted. Rounding may cross them too.
+        crossing = lower > upper
+        if crossing.any():
+            middle = np.where(np.isfinite(lower) & np.isfinite(upper), 0.5 * (lower + upper), 0.0)
+            gap = lower - upper
+            lower[crossing] = upper[crossing] = middle[crossing]
+            crossing &= ~(gap <= 1e-9 * (1.0 + np.abs(middle)))
         result = self._run(values, options, warm)
         presolved = _Presolved(definitions, curvature, lower_slot, upper_slot)
         conflicts = self._conflicts(result, presolved)
+        for item in np.flatnonzero(crossing.any(axis=1)):
+            result.status[item] = Status.INFEASIBLE
+            position = np.flatnonzero(crossing[item])[:1]
+            both = (self._bounds.lower_rows[position, lower_slot[item, position]],
+                    self._bounds.upper_rows[position, upper_slot[item, position]])  # fmt: skip
+            conflicts[int(item)] = sorted(self._original_row(int(row[0])) for row in both)
         failed = result.status != Status.SOLVED
         if failed.any():
             result.primal[failed] = 0.0
@@ -276,7 +270,7 @@ class Plan:
             varying = self._varying
             offset = rhs_rows[:, varying.rows] / varying.coefficient
             pushed = rhs_primal[:, varying.gone] - curvature * offset
-            rhs_primal = rhs_primal[:, varying.kept] - _weighted_product(definitions, pushed)
+            rhs_primal = rhs_primal[:, varying.kept] - vecmat(pushed, definitions)
             rhs_rows = np.ascontiguousarray(rhs_rows[:, varying.kept_rows])
         return trail, np.ascontiguousarray(rhs_primal), rhs_rows
 
@@ -289,7 +283,7 @@ class Plan:
         if self._varying is not None and definitions is not None and curvature is not None:
             varying = self._varying
             rhs_primal, rhs_rows = levels.pop()
-            value = rhs_rows[:, varying.rows] / varying.coefficient - _product(definitions, primal)
+            value = rhs_rows[:, varying.rows] / varying.coefficient - matvec(definitions, primal)
             batch = primal.shape[0]
             x = np.empty((batch, len(varying.kept) + len(varying.gone)))
             x[:, varying.kept] = primal

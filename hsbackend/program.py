@@ -199,7 +199,8 @@ class MatrixEntries:
 
     def dense(self, parameters: Sequence[FloatArray]) -> FloatArray:
         """Evaluate as dense matrices, (B, rows, columns) or (1, rows, columns); equal places add up."""
-        return self._dense_map.evaluate(parameters).reshape(-1, *self.shape)
+        flat = self._dense_map.evaluate(parameters)
+        return flat.reshape(flat.shape[0], *self.shape)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weekly portfolio data from the daily S&P 500 prices that ship inside the skfolio package.
+"""Monthly portfolio data from the daily S&P 500 prices that ship inside the skfolio package.
 
 20 stocks, 1990 to 2022. Everything known at a decision date uses prices up to that date only.
 """
@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-DAYS_PER_WEEK = 5
+DAYS_PER_MONTH = 21
 DAYS_PER_YEAR = 252
-WEEKS_PER_YEAR = 52
+MONTHS_PER_YEAR = 12
 
 # Decisions before this date train the network, later ones judge it.
 VALIDATION_START = np.datetime64("2013-01-01")
@@ -23,7 +23,7 @@ VALIDATION_START = np.datetime64("2013-01-01")
 _MOMENTUM_DAYS = (5, 21, 63, 126, 252)
 # Weight of the diagonal in the shrunk covariance; 252 days for 20 stocks make the sample covariance usable but noisy.
 _SHRINKAGE = 0.2
-# Standardised features beyond this are outliers (crash weeks) and would dominate the first steps.
+# Standardised features beyond this are outliers (crash months) and would dominate the first steps.
 _FEATURE_LIMIT = 3.0
 
 # GICS sectors of the 20 stocks. A sector with one stock needs no row: the cap of the stock is smaller.
@@ -39,7 +39,7 @@ SECTORS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Market:
-    """One row per weekly decision; T decisions, n stocks, f features.
+    """One row per monthly decision; T decisions, n stocks, f features.
 
     Attributes:
         dates: (T,).
@@ -83,10 +83,10 @@ def load_market() -> Market:
 
 
 def market_from_prices(dates: NDArray[np.datetime64], tickers: tuple[str, ...], prices: NDArray[np.float64]) -> Market:
-    """Derive the weekly market from daily dates (D,) and prices (D, n)."""
+    """Derive the monthly market from daily dates (D,) and prices (D, n)."""
     log_returns = np.diff(np.log(prices), axis=0, prepend=np.log(prices[:1]))
-    # The first decision has a full trailing year behind it, the last one a full week before it ends.
-    decisions = np.arange(DAYS_PER_YEAR, len(dates) - DAYS_PER_WEEK, DAYS_PER_WEEK)
+    # The first decision has a full trailing year behind it, the last one a full month ahead of it.
+    decisions = np.arange(DAYS_PER_YEAR, len(dates) - DAYS_PER_MONTH, DAYS_PER_MONTH)
     is_training = dates[decisions] < VALIDATION_START
     features = np.stack([_features(prices, log_returns, day) for day in decisions])
     roots = np.stack([_covariance_root(log_returns, day) for day in decisions])
@@ -95,8 +95,8 @@ def market_from_prices(dates: NDArray[np.datetime64], tickers: tuple[str, ...], 
         dates=dates[decisions],
         tickers=tickers,
         features=torch.from_numpy(features),
-        next_returns=torch.from_numpy(prices[decisions + DAYS_PER_WEEK] / prices[decisions] - 1.0),
-        past_returns=torch.from_numpy(prices[decisions] / prices[decisions - DAYS_PER_WEEK] - 1.0),
+        next_returns=torch.from_numpy(prices[decisions + DAYS_PER_MONTH] / prices[decisions] - 1.0),
+        past_returns=torch.from_numpy(prices[decisions] / prices[decisions - DAYS_PER_MONTH] - 1.0),
         covariance_root=torch.from_numpy(roots),
         sector_membership=membership,
         train=np.flatnonzero(is_training),

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from hsbackend._parallel import for_each_item
+from hsbackend.batched import matvec, vecmat
 from hsbackend.face import GramFace
-from hsbackend.metric import ItemMetric, Metric, SharedMetric, matmul
+from hsbackend.metric import ItemMetric, Metric, SharedMetric
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers._gram_kernels import normalise, solve_items
 from hsbackend.solvers.result import Options, Result
@@ -170,11 +171,13 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     return Result(primal, rows, np.ascontiguousarray(multipliers[:, left:]), status, steps, face)
 
 
-def _times(matrix: FloatArray, vector: FloatArray) -> FloatArray:
-    """``matrix @ vector`` for (1 or B, k, n) and (B, n)."""
-    if matrix.shape[0] == 1:
-        return matmul(vector, np.ascontiguousarray(matrix[0].T))
-    return matmul(matrix, vector[:, :, None])[:, :, 0]
+def _natural(gap: FloatArray, multipliers: FloatArray) -> FloatArray:
+    """Violation of ``gap <= 0, multiplier >= 0, gap * multiplier = 0``: the gap, or the multiplier where it is smaller.
+
+    A multiplier that is zero up to rounding must not turn an inactive row into a violated one.
+    """
+    inside = np.where(multipliers > 0.0, np.maximum(gap, -multipliers), 0.0)
+    return np.where(gap > 0.0, gap, inside)
 
 
 def _residuals(values: QPValues, primal: FloatArray, rows: FloatArray, bounds: FloatArray) -> tuple[FloatArray, ...]:
@@ -182,20 +185,16 @@ def _residuals(values: QPValues, primal: FloatArray, rows: FloatArray, bounds: F
     if values.diagonal:
         stationarity = values.hessian * primal - values.rhs_primal
     else:
-        stationarity = _times(values.hessian, primal) - values.rhs_primal
+        stationarity = matvec(values.hessian, primal) - values.rhs_primal
     if rows.shape[1]:
-        if values.rows.shape[0] == 1:
-            stationarity += matmul(rows, values.rows[0])
-        else:
-            stationarity += matmul(rows[:, None, :], values.rows)[:, 0]
+        stationarity += vecmat(rows, values.rows)
     stationarity[:, values.bounded] += bounds
-    violation = _times(values.rows, primal) - values.rhs_rows
+    violation = matvec(values.rows, primal) - values.rhs_rows
     me = values.num_equalities
-    violation[:, me:] = np.where(rows[:, me:] > 0.0, violation[:, me:], np.maximum(violation[:, me:], 0.0))
+    violation[:, me:] = _natural(violation[:, me:], rows[:, me:])
     x = primal[:, values.bounded]
-    over = np.where(bounds > 0.0, x - values.upper, np.maximum(x - values.upper, 0.0))
-    under = np.where(bounds < 0.0, x - values.lower, np.minimum(x - values.lower, 0.0))
-    return stationarity, violation, over + under
+    outside = _natural(x - values.upper, bounds) - _natural(values.lower - x, -bounds)
+    return stationarity, violation, outside
 
 
 def verify(values: QPValues, options: Options, result: Result) -> Result:
@@ -206,23 +205,42 @@ def verify(values: QPValues, options: Options, result: Result) -> Result:
     the point.
     """
     solved = result.status == Status.SOLVED
-    for attempt in range(3):
-        stationarity, violation, outside = _residuals(values, result.primal, result.rows, result.bounds)
-        size_dual = 1.0 + np.abs(values.rhs_primal).max(axis=1, initial=0.0)
-        size_primal = 1.0 + np.abs(result.primal).max(axis=1, initial=0.0)
-        worst = np.abs(stationarity).max(axis=1, initial=0.0) / size_dual
-        if violation.shape[1]:
-            limit = np.where(np.isfinite(values.rhs_rows), np.abs(values.rhs_rows), 0.0)
-            worst = np.maximum(worst, (np.abs(violation) / (size_primal[:, None] + limit)).max(axis=1))
-        if outside.shape[1]:
-            worst = np.maximum(worst, (np.abs(outside) / size_primal[:, None]).max(axis=1))
-        late = solved & ~(worst <= options.tolerance)
+    residuals = _residuals(values, result.primal, result.rows, result.bounds)
+    worst = _size(values, result.primal, result.rows, residuals)
+    for _ in range(2):
         # Near the tolerance a refinement is cheap insurance; further away it is needed.
-        if attempt == 2 or result.face is None or not np.any(solved & ~(worst <= 1e-3 * options.tolerance)):
+        poor = np.flatnonzero(solved & ~(worst <= 1e-3 * options.tolerance))
+        if not len(poor) or result.face is None:
             break
-        correction = result.face.kkt_solve(-stationarity, -violation, -outside)
-        result.primal[solved] += correction.primal[solved]
-        result.rows[solved] += correction.rows[solved]
-        result.bounds[solved] += correction.bounds[solved]
-    result.status[late] = Status.NOT_CONVERGED
+        correction = result.face.kkt_solve(*(-part for part in residuals))
+        primal = result.primal + correction.primal
+        rows, bounds = result.rows + correction.rows, result.bounds + correction.bounds
+        residuals_after = _residuals(values, primal, rows, bounds)
+        after = _size(values, primal, rows, residuals_after)
+        # A face with nearly dependent rows may answer rounding with large multipliers of the wrong sign: keep what helps.
+        better = poor[after[poor] < worst[poor]]
+        for old, new in zip((result.primal, result.rows, result.bounds), (primal, rows, bounds), strict=True):
+            old[better] = new[better]
+        for old, new in zip(residuals, residuals_after, strict=True):
+            old[better] = new[better]
+        worst[better] = after[better]
+    result.status[solved & ~(worst <= options.tolerance)] = Status.NOT_CONVERGED
     return result
+
+
+def _size(
+    values: QPValues, primal: FloatArray, rows: FloatArray, residuals: tuple[FloatArray, ...]
+) -> FloatArray:
+    """Return (B,) the largest relative KKT residual of each item; bound multipliers carry their sign by position."""
+    stationarity, violation, outside = residuals
+    size_dual = 1.0 + np.abs(values.rhs_primal).max(axis=1, initial=0.0)
+    size_primal = 1.0 + np.abs(primal).max(axis=1, initial=0.0)
+    worst = np.abs(stationarity).max(axis=1, initial=0.0) / size_dual
+    if violation.shape[1]:
+        limit = np.where(np.isfinite(values.rhs_rows), np.abs(values.rhs_rows), 0.0)
+        worst = np.maximum(worst, (np.abs(violation) / (size_primal[:, None] + limit)).max(axis=1))
+        sign = np.maximum(-rows[:, values.num_equalities :], 0.0).max(axis=1, initial=0.0)
+        worst = np.maximum(worst, sign / size_dual)
+    if outside.shape[1]:
+        worst = np.maximum(worst, (np.abs(outside) / size_primal[:, None]).max(axis=1))
+    return worst

@@ -90,14 +90,18 @@ def _solve_item(item: _Item) -> tuple[Status, FloatArray, FloatArray, FloatArray
     norm = np.where(size > 0.0, 1.0 / np.where(size > 0.0, size, 1.0), 1.0)
     c, f = c * norm[:, None], (g @ start - h) * norm
     active = np.zeros(0, dtype=np.int64)
-    if np.any(f > 1e-13 * (1.0 + np.abs(f).max())):
-        scale = float(np.abs(f).max())  # NNLS is scale dependent through the last row
-        stacked = np.concatenate([c.T, f[None] / scale])
-        target = np.zeros(len(stacked))
-        target[-1] = 1.0
-        weights, _ = nnls(stacked, target, maxiter=50 * (len(f) + n))
-        residual = stacked @ weights - target
-        if not -residual[-1] > 1e-10:
+    if np.any(f > 1e-13 * (1.0 + np.abs(f).max(initial=0.0))):
+        # r[n] = -1 / (1 + ||s||^2) with s in units of the scale: make that unit comparable with the distance.
+        weights, reach = np.zeros(len(f)), 0.0
+        for scale in float(np.abs(f).max()) * np.array([1.0, 1e2, 1e4, 1e6]):
+            stacked = np.concatenate([c.T, f[None] / scale])
+            target = np.zeros(len(stacked))
+            target[-1] = 1.0
+            weights, _ = nnls(stacked, target, maxiter=50 * (len(f) + n))
+            reach = -float((stacked @ weights - target)[-1])
+            if reach > 1e-4:
+                break
+        if not reach > 1e-10:
             return Status.INFEASIBLE, *nothing
         active = np.flatnonzero(weights > 1e-12 * weights.max(initial=0.0))
     # Polish on the active rows.

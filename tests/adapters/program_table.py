@@ -304,6 +304,42 @@ def lasso():
     return problem, [y], [x], _points(6)
 
 
+@row(polyhedral=None)
+def linear_program():
+    x, c, h = cp.Variable(4), cp.Parameter(4), cp.Parameter(4)
+    problem = cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0, x <= h])
+    return problem, [c, h], [x], lambda rng: [rng.standard_normal((BATCH, 4)), rng.uniform(0.3, 0.6, (BATCH, 4))]
+
+
+@row(polyhedral=None)
+def cost_on_some_variables():
+    """Curvature on x, only a price on z: the Hessian is singular and stays so."""
+    x, z, y, price = cp.Variable(3), cp.Variable(2), cp.Parameter(3), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y) + price @ z), [cp.sum(x) + cp.sum(z) == 1, z >= 0, x >= 0])
+    draw = lambda rng: [rng.standard_normal((BATCH, 3)), rng.uniform(0.1, 1.0, (BATCH, 2))]  # noqa: E731
+    return problem, [y, price], [x, z], draw
+
+
+@row(polyhedral=None)
+def maximum_in_objective():
+    x, y = _vector()
+    return cp.Problem(cp.Minimize(cp.sum_squares(x - y) + cp.max(x))), [y], [x], _points(5)
+
+
+@row(polyhedral=None)
+def huber_loss():
+    x, y = cp.Variable(3), cp.Parameter(6)
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.huber(_constant(17, 6, 3) @ x - y, 0.5)) + cp.sum_squares(x)))
+    return problem, [y], [x], _points(6)
+
+
+@row(polyhedral=None)
+def total_variation():
+    x, y = _vector()
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y) + 0.4 * cp.norm1(cp.diff(x))))
+    return problem, [y], [x], _points(5)
+
+
 # --- spellings of bounds
 
 
@@ -639,6 +675,34 @@ def defined_variable():
 
 
 @row
+def column_vectors():
+    x, y, G = cp.Variable((4, 1)), cp.Parameter((4, 1)), cp.Parameter((3, 4))
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [G @ x <= 0.5, cp.sum(x) == 0.3])
+    return problem, [y, G], [x], lambda rng: [2 * rng.standard_normal((BATCH, 4, 1)), rng.standard_normal((3, 4))]
+
+
+@row
+def transposed_matrices():
+    X, M, B = cp.Variable((2, 3)), cp.Parameter((3, 2)), cp.Parameter((3, 3))
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(X.T - M)), [X @ B <= 0.4, cp.trace(X[:, :2]) == 0.1])
+    return problem, [M, B], [X], lambda rng: [rng.standard_normal((BATCH, 3, 2)), rng.standard_normal((BATCH, 3, 3))]
+
+
+@row
+def cumulative_sum():
+    x, y, limit = cp.Variable(5), cp.Parameter(5), cp.Parameter()
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.cumsum(x) <= limit, x >= -1])
+    return problem, [y, limit], [x], lambda rng: [rng.standard_normal((BATCH, 5)), rng.uniform(0.2, 0.5, BATCH)]
+
+
+@row
+def convolution():
+    x, y, kernel = cp.Variable(4), cp.Parameter(5), np.array([1.5, -0.5])
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(cp.convolve(kernel, x) - y)), [x >= 0])
+    return problem, [y], [x], _points(5)
+
+
+@row
 def nothing_batched():
     x, y = _vector()
     return cp.Problem(cp.Minimize(cp.sum_squares(x - y)), _simplex(x)), [y], [x], lambda rng: [rng.standard_normal(5)]
@@ -705,6 +769,53 @@ def dual_with_parameter_matrix():
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [rows])
     draw = lambda rng: [2 * rng.standard_normal((BATCH, 4)), rng.standard_normal((BATCH, 3, 4))]  # noqa: E731
     return problem, [y, G], [x, rows.dual_variables[0]], draw
+
+
+@row
+def dual_with_everything_a_parameter():
+    x, q, root = cp.Variable(4), cp.Parameter(4), cp.Parameter((4, 4))
+    A, b, G, h = cp.Parameter((1, 4)), cp.Parameter(1), cp.Parameter((3, 4)), cp.Parameter(3)
+    tie, rows = A @ x == b, G @ x <= h
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(root @ x) + q @ x), [rows, tie])
+
+    def draw(rng):
+        return [
+            rng.standard_normal((4, 4)) + 2 * np.eye(4),
+            2 * rng.standard_normal((BATCH, 4)),
+            rng.standard_normal((BATCH, 1, 4)),
+            0.2 * rng.standard_normal((BATCH, 1)),
+            rng.standard_normal((BATCH, 3, 4)),
+            rng.uniform(0.1, 0.3, 3),
+        ]
+
+    return problem, [root, q, A, b, G, h], [x, tie.dual_variables[0], rows.dual_variables[0]], draw
+
+
+@row
+def dual_of_fixed_variable():
+    x, y = _vector()
+    fixed, low = x[0] == y[0], x[1:] >= 0
+    draw = lambda rng: [0.5 * rng.standard_normal((BATCH, 5))]  # noqa: E731
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - 2 * y)), [fixed, low, cp.sum(x) == 1])
+    return problem, [y], [low.dual_variables[0], fixed.dual_variables[0]], draw
+
+
+@row
+def dual_with_quad_form_parameter():
+    x, y = _vector(4)
+    P, rows = cp.Parameter((4, 4), PSD=True), x <= 0.2
+    problem = cp.Problem(cp.Minimize(0.5 * cp.quad_form(x, P) - y @ x), [rows])
+    draw = lambda rng: [_positive_definite(rng, 4, BATCH), 3 * rng.standard_normal((BATCH, 4))]  # noqa: E731
+    return problem, [P, y], [rows.dual_variables[0], x], draw
+
+
+@row
+def dual_of_matrix_rows():
+    X, M = cp.Variable((3, 2)), cp.Parameter((3, 2))
+    columns, low = cp.sum(X, axis=0) == 1, X >= 0
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(X - M)), [columns, low])
+    draw = lambda rng: [rng.standard_normal((BATCH, 3, 2))]  # noqa: E731
+    return problem, [M], [low.dual_variables[0], columns.dual_variables[0]], draw
 
 
 @row

@@ -114,6 +114,17 @@ def test_programs_that_are_not_polyhedral_still_work(diffcp_calls):
     assert diffcp_calls
 
 
+def test_a_subclass_keeps_its_own_forward(diffcp_calls):
+    class Scaled(cvxpylayers.torch.CvxpyLayer):
+        def forward(self, *params, **keywords):
+            return tuple(2 * out for out in super().forward(*params, **keywords))
+
+    with hsbackend.enabled():
+        (out,) = Scaled(*_simplex())(torch.tensor([0.8, 0.4, -1.0], dtype=torch.float64))
+    assert_close(out, np.array([1.4, 0.6, 0.0]), 1e-12, 1.0)
+    assert not diffcp_calls
+
+
 def test_twice_is_once(diffcp_calls):
     hsbackend.enable()
     hsbackend.enable()

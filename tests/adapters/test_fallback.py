@@ -164,6 +164,94 @@ def test_float32_through_the_fallback():
     assert_close(gradient, _stock("second_order")[1][0], GRADIENT, 1.0)
 
 
+# --- a norm that looks like the whole objective, and is not
+
+
+def _norm(extra, returned=("x",)):
+    """Minimise a norm in company of something that forbids squaring it."""
+    x, t, y = cp.Variable(3, name="x"), cp.Variable(name="t"), cp.Parameter(3)
+    budget = cp.sum(x) == 1
+    objective, constraints = cp.norm(x - y), [x >= 0, budget]
+    if extra == "linear":
+        objective = objective + np.array([0.5, 0.0, -0.5]) @ x
+    elif extra == "second-norm":
+        objective = objective + cp.norm(x + y - 1)
+    elif extra == "own-epigraph":
+        objective, constraints = t, [*constraints, objective <= t]
+    elif extra == "own-epigraph-tied":
+        objective, constraints = t, [*constraints, objective <= t, t + x[0] >= 2.5]
+    elif extra == "squares":
+        objective = objective + 0.3 * cp.sum_squares(x)
+    elif extra == "scaled":
+        objective = 3.0 * objective + 1.0
+    elif extra == "maximize":
+        objective = -objective
+    else:
+        assert extra == "nothing"
+    known = {"x": x, "t": t, "dual": budget.dual_variables[0]}
+    sense = cp.Maximize if extra == "maximize" else cp.Minimize
+    return cp.Problem(sense(objective), constraints), [y], [known[name] for name in returned]
+
+
+NORMS = {
+    "nothing": ("x", "dual"),
+    "linear": ("x", "dual"),
+    "second-norm": ("x",),
+    "own-epigraph": ("x", "t", "dual"),
+    "own-epigraph-tied": ("t", "x"),
+    "squares": ("x", "dual"),
+    "scaled": ("x", "dual"),
+    "maximize": ("x", "dual"),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("extra", NORMS)
+def test_norm_in_company(kind, extra):
+    """The minimiser, the value of the norm itself and the multipliers are those of the norm, not of its square."""
+    values = [np.array([[1.2, 0.4, -0.3], [0.9, 1.1, 0.2], [-0.4, 0.8, 1.5]])]
+    rng = np.random.default_rng(0)
+    problem, parameters, variables = _norm(extra, NORMS[extra])
+    cotangents = [rng.standard_normal((3, *v.shape)) for v in variables]
+    expected_outputs, expected = run(diffcp_layer(problem, parameters, variables), values, cotangents)
+    outputs, gradients = run(make_layer(kind, *_norm(extra, NORMS[extra])), values, cotangents)
+    for out, value in zip(outputs, expected_outputs, strict=True):
+        assert_close(out, value, VALUE, 1.0, "value")
+    for gradient, value in zip(gradients, expected, strict=True):
+        assert_close(gradient, value, GRADIENT, 1.0, "gradient")
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_norm_of_zero(kind):
+    """The point lies in the set: the norm has a kink there, the projection does not."""
+    layer = make_layer(kind, *_norm("nothing"))
+    point, cotangent = np.array([0.2, 0.3, 0.5]), np.array([1.0, 2.0, -1.0])
+    (out,), (gradient,) = run(layer, [point], [cotangent])
+    assert_close(out, point, 1e-8, 1.0)
+    assert_close(gradient, cotangent - cotangent.mean(), 1e-6, 1.0)
+
+
+# --- items without a solution
+
+
+def _ball():
+    x, y, radius = cp.Variable(3), cp.Parameter(3), cp.Parameter(nonneg=True)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.norm(x) <= radius, cp.sum(x) == 1])
+    return problem, [y, radius], [x]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_infeasible_item_of_a_cone_program(kind):
+    """Named by default; NaN in that item only on request."""
+    values = [torch.tensor([[1.0, 0.2, 0.1], [1.0, 0.2, 0.1]]).double(), torch.tensor([1.0, 0.2]).double()]
+    with pytest.raises(hsbackend.SolveError, match="item 1"):
+        make_layer(kind, *_ball())(*values)
+    (out,) = make_layer(kind, *_ball(), on_failure="nan")(*values)
+    (alone,) = make_layer(kind, *_ball())(*(v[:1] for v in values))
+    assert_close(out[:1], alone, VALUE, 1.0)
+    assert out[1].isnan().all()
+
+
 # --- power cones: diffcp 1.1.9 solves them, and cannot differentiate them
 
 

@@ -63,9 +63,9 @@ import cvxpy as cp, torch, hsbackend
 from hsbackend.adapters.cvxpylayers import CvxpyLayer
 x, y = cp.Variable(2), cp.Parameter(2)
 layer = CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x >= 0]), [y], [x])
-print(layer(torch.tensor([1.0, -1.0]))[0].tolist())
+print(layer(torch.tensor([1.0, -1.0]))[0].tolist() == [1.0, 0.0])
 """
-    assert _python(code, "jax", "mlx", "triton") == "[1.0, 0.0]"
+    assert _python(code, "jax", "mlx", "triton") == "True"
 
 
 def test_adapters_do_not_lie_at_the_top():

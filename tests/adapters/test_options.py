@@ -14,7 +14,7 @@ from layer_harness import LAYERS, assert_close, make_layer, run, tensors
 from program_table import TABLE, truth
 
 from hsbackend import HSBackend
-from hsbackend.adapters.cvxpylayers import CvxpyLayer
+from hsbackend.adapters.cvxpylayers import CvxpyLayer, IgnoredOptionWarning
 
 
 def _simplex(n=3):
@@ -107,8 +107,35 @@ def test_an_unreachable_tolerance_is_reported():
 
 
 def test_a_solver_asked_for_by_name_is_never_replaced():
-    with pytest.raises((TypeError, ValueError), match="SCIP"):
-        CvxpyLayer(*_simplex(), solver="SCIP")
+    layer = CvxpyLayer(*_simplex(), solver="DIFFCP")
+    assert not layer.explain().polyhedral
+    assert "DIFFCP" in str(layer.explain())
+    assert_close(layer(torch.tensor([0.8, 0.4, -1.0], dtype=torch.float64))[0], np.array([0.7, 0.3, 0.0]), 1e-4, 1.0)
+    with pytest.raises((cp.error.SolverError, RuntimeError), match="NONSENSE"):
+        CvxpyLayer(*_simplex(), solver="NONSENSE")
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_arguments_of_the_default_solver_are_named_as_ignored(kind):
+    """Existing code passes them; they must neither break it nor be swallowed in silence."""
+    layer = make_layer(kind, *_simplex())
+    with pytest.warns(IgnoredOptionWarning, match="solve_method"):
+        (out,) = layer(torch.tensor([0.8, 0.4, -1.0], dtype=torch.float64), solver_args={"solve_method": "Clarabel"})
+    assert_close(out, np.array([0.7, 0.3, 0.0]), 1e-10, 1.0)
+
+
+def test_arguments_of_the_default_solver_reach_it():
+    """A cone program and one iteration of SCS: visibly not the answer."""
+    x, y = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.norm(x) <= 1])
+    layer = make_layer("ours", problem, [y], [x])
+    point = torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64)
+    exact = point / point.norm()
+    errors = []
+    for arguments in ({"solve_method": "SCS", "eps": 1e-9}, {"solve_method": "SCS", "eps": 0.3}):
+        (out,) = layer(point, solver_args=arguments)
+        errors.append((out - exact).abs().max().item())
+    assert errors[0] < 1e-6 < errors[1]
 
 
 # --- warm start
@@ -243,12 +270,21 @@ def test_backend_survives_pickling():
     assert_close(_jacobian(CvxpyLayer(*_simplex(), solver=backend)), JACOBIANS["support"], 1e-10, 1.0)
 
 
+def test_checkpoint_of_the_stock_layer_loads():
+    """A model saved with the stock layer inside, which keeps its matrices as buffers, loads with ours inside."""
+    stock = torch.nn.Sequential(torch.nn.Linear(2, 3), StockLayer(*_simplex()))
+    ours = torch.nn.Sequential(torch.nn.Linear(2, 3), CvxpyLayer(*_simplex()))
+    ours.load_state_dict(stock.state_dict())
+    assert torch.equal(ours[0].weight, stock[0].weight)
+    ours.load_state_dict(ours.state_dict())
+
+
 # --- the user's problem, and torch's switches
 
 
 @pytest.mark.parametrize("name", ["sum_squares_simplex", "birkhoff", "bound_several_on_one", "portfolio", "lasso"])
 def test_the_problem_is_left_as_it_was(name):
-    """After building and using a layer the parameters keep their values, and `problem.solve()` finds the right point."""
+    """After using a layer the parameters keep their values, and `problem.solve()` finds the right point."""
     point = truth(name)
     problem, parameters, variables, _ = TABLE[name].build()
     values = [v[0] for v in point.values]

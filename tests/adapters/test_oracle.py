@@ -12,6 +12,7 @@ from oracles import DegeneratePoint, OracleError, TightSolver, central_differenc
 STOCK_CANNOT = {
     "quad_form_parameter": "diffcp takes no parametric quad_form",
     "quad_form_parameter_shared": "diffcp takes no parametric quad_form",
+    "dual_with_quad_form_parameter": "diffcp takes no parametric quad_form",
     "objective_huge": "diffcp's gradient is wrong in the first digit when the objective is scaled by 1e6",
     "objective_tiny": "diffcp's point is wrong in the third digit when the objective is scaled by 1e-6",
 }
