@@ -89,6 +89,12 @@ def _solve_item(item: _Item) -> tuple[Status, FloatArray, FloatArray, FloatArray
     size = np.linalg.norm(g, axis=1)
     norm = np.where(size > 0.0, 1.0 / np.where(size > 0.0, size, 1.0), 1.0)
     c, f = c * norm[:, None], (g @ start - h) * norm
+    # Rows that the equalities determine (or that are empty) are conditions on the data alone.
+    decided = np.linalg.norm(c, axis=1) <= 1e-12 * (1.0 + np.abs(c).max(initial=0.0))
+    if np.any(f[decided] > 1e-8 * (1.0 + np.abs(start).max(initial=0.0))):
+        return Status.INFEASIBLE, *nothing
+    finite, g, h, norm = finite[~decided], g[~decided], h[~decided], norm[~decided]
+    c, f = c[~decided], f[~decided]
     active = np.zeros(0, dtype=np.int64)
     if np.any(f > 1e-13 * (1.0 + np.abs(f).max(initial=0.0))):
         # r[n] = -1 / (1 + ||s||^2) with s in units of the scale: make that unit comparable with the distance.

@@ -8,9 +8,11 @@ import torch
 from layer_harness import LAYERS, assert_close, make_layer, run
 from program_table import TABLE, is_symmetric, truth
 
-# Relative to the size of the quantity. A row that goes to diffcp is as accurate as diffcp (SCS at its defaults).
+# Relative to the size of the quantity.
 VALUE, GRADIENT = 1e-8, 1e-6
-FALLBACK_VALUE, FALLBACK_GRADIENT = 1e-4, 1e-3
+# A row that goes to diffcp is as accurate as the stock layer (SCS at its defaults): on the rows that may go there the
+# stock layer's own errors are up to 5e-4 in value and 6e-4 in gradient.
+FALLBACK_VALUE, FALLBACK_GRADIENT = 5e-4, 1e-3
 
 CASES = [
     pytest.param(kind, name, id=f"{kind}-{name}")
