@@ -182,7 +182,7 @@ def shared_polyhedron(n: int, n_ineq: int, n_eq: int, batch: int, seed: int) -> 
 
     return BenchmarkProblem(
         name=f"shared-n{n}",
-        description=f"projection, n={n}, {n_ineq} inequalities and {n_eq} equalities shared, B={batch}; the rest per item",
+        description=f"projection, n={n}, B={batch}; {n_ineq} inequalities and {n_eq} equalities shared, point, b, h not",
         batch=batch,
         parameters=(
             ParameterValue("point", inside + draw.normal(batch, n)),

@@ -94,7 +94,7 @@ def test_degenerate_item_is_solved_but_its_gradient_is_not_judged() -> None:
 
 
 def test_dependent_active_rows_are_no_obstacle_where_rows_are_constant() -> None:
-    """Birkhoff: one of the row and column sums follows from the others, and at a vertex more bounds are active than free."""
+    """Birkhoff: one row or column sum follows from the others, and at a vertex more bounds are active than free."""
     problem = birkhoff_projection(side=3, batch=1, seed=0)
     vertex = torch.eye(3, dtype=torch.float64)[None] * 5.0
     reference = compute_reference(replace(problem, parameters=(ParameterValue("V", vertex),)))
