@@ -24,7 +24,7 @@ Layer = Callable[..., tuple[Tensor, ...]]
 
 # `2 * x >= 0` is what a user has to write to keep stock MOREAU from dropping bounds; any factor other than 1 does it.
 _SPELLED_OUT = 2.0
-# ProxQP treats numbers from here on as infinite; `numpy.inf` itself makes its arithmetic produce NaN.
+# What QPLayer itself writes for "no bound".
 _PROXQP_INFINITY = 1e20
 
 

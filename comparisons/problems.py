@@ -182,7 +182,7 @@ def shared_polyhedron(n: int, n_ineq: int, n_eq: int, batch: int, seed: int) -> 
 
     return BenchmarkProblem(
         name=f"shared-n{n}",
-        description=f"projection, n={n}, B={batch}; {n_ineq} inequalities and {n_eq} equalities shared, point, b, h not",
+        description=f"projection, n={n}, B={batch}; {n_ineq} inequalities, {n_eq} equalities shared; point, b, h per item",
         batch=batch,
         parameters=(
             ParameterValue("point", inside + draw.normal(batch, n)),
@@ -200,8 +200,7 @@ def sudoku_layer(side: int, n_eq: int, batch: int, seed: int) -> BenchmarkProble
     """Make the OptNet Sudoku layer: min 0.05 ||x||^2 - puzzle'x s.t. A x = b, x >= 0 with learnable shared A and b.
 
     x holds side^2 cells times side digits. b = A x0 with x0 = 1/side, so the learnable rows are consistent. `puzzle`
-    is the one-hot board with empty cells zero, plus small noise as an earlier layer would produce; without it many
-    items are degenerate by symmetry.
+    is the one-hot board with empty cells zero, plus small noise as an earlier layer would produce.
     """
     draw = _Draw(seed)
     n = side**3

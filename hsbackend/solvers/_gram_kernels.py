@@ -345,9 +345,9 @@ def choose_face(gram, lower, upper, n_eq, k, support, active_tolerance, working,
                 k -= 1
             else:
                 i += 1
-        return k
     for p in range(n_eq, m):
-        if side[p] == 0:
+        # Limits that coincide leave no room: such a row is in K whatever its multiplier.
+        if side[p] == 0 and (not support or lower[p] == upper[p]):
             at_upper = upper[p] < np.inf and upper[p] - values[p] <= active_tolerance * (1.0 + abs(upper[p]))
             at_lower = lower[p] > -np.inf and values[p] - lower[p] <= active_tolerance * (1.0 + abs(lower[p]))
             if at_upper or at_lower:
