@@ -116,7 +116,9 @@ class Parametrisation:
         for index, shape in enumerate(shapes):
             places = np.arange(sizes[index], dtype=np.int64).reshape(shape)
             triangle = ctx.param_triu_indices[index] if ctx.param_triu_indices else None
-            order = places.ravel(order="F") if triangle is None else places[np.array(triangle[0]), np.array(triangle[1])]
+            order = (
+                places.ravel(order="F") if triangle is None else places[np.array(triangle[0]), np.array(triangle[1])]
+            )
             slots[ctx.user_order_to_col_order[index]] = begin[index] + order
         source = np.concatenate([*slots, [begin[-1]]]).astype(np.int64)
         shape = (len(source), int(begin[-1]) + 1)
@@ -301,9 +303,7 @@ def _norm_objective(
     extra_rows = np.concatenate([zero + np.arange(size), [zero + size]])
     extra_columns = np.concatenate([n + np.arange(size), [t]])
     extra_values = np.concatenate([-np.ones(size), [1.0]])
-    extra = sp.csr_array(
-        (extra_values, (np.arange(size + 1), np.full(size + 1, width - 1))), shape=(size + 1, width)
-    )
+    extra = sp.csr_array((extra_values, (np.arange(size + 1), np.full(size + 1, width - 1))), shape=(size + 1, width))
     unit = sp.csr_array((np.ones(size), (np.arange(size), np.full(size, width - 1))), shape=(size, width))
     new = Canonical(
         n + size,

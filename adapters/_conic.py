@@ -99,7 +99,9 @@ class ConicProgram:
         """Solve a batch.
 
         Args:
-            p: (B, nnzP) or None; q: (B, n + 1); a: (B, nnz), the host's values.
+            p: (B, nnzP) the host's values of P, or None.
+            q: (B, n + 1) those of q.
+            a: (B, nnz) those of [C d].
             arguments: options of diffcp.
 
         Returns:
@@ -147,9 +149,7 @@ class ConicProgram:
             d_matrix, d_b, d_c = adjoints[i](dx, dy, np.zeros(len(b)))
             rows = form.row_index[self._inside]
             moved = np.where(rows >= first, rows + extra, rows)
-            d_a[i, self._inside] = -np.asarray(
-                sp.csr_array(d_matrix)[moved, form.column_index[self._inside]]
-            ).ravel()
+            d_a[i, self._inside] = -np.asarray(sp.csr_array(d_matrix)[moved, form.column_index[self._inside]]).ravel()
             rows = form.row_index[self._offset]
             d_a[i, self._offset] = d_b[np.where(rows >= first, rows + extra, rows)]
             d_q[i, :n] = d_c[:n]

@@ -13,7 +13,7 @@ What is not a strictly convex polyhedral problem goes back to diffcp, the defaul
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,7 +22,7 @@ import cvxpy as cp
 import numpy as np
 import torch
 from cvxpylayers.interfaces.base import SolverInterface
-from cvxpylayers.torch import CvxpyLayer as _StockLayer
+from cvxpylayers.torch.cvxpylayer import CvxpyLayer as _StockLayer
 from cvxpylayers.utils import parse_args as _parse
 
 from hsbackend.adapters import _canonical
@@ -94,9 +94,7 @@ class _HostState:
         returned = _canonical.returned_variables(canonical, wanted, _user_columns(ctx))
         duals = any(output.source == "multipliers" for output in wanted)
         names = _canonical.row_names(ctx, canonical)
-        program = _canonical.build_program(
-            canonical, self.values.maps, self.values.sizes, returned, names, duals
-        )
+        program = _canonical.build_program(canonical, self.values.maps, self.values.sizes, returned, names, duals)
         self.layer: Layer | None = None
         self.conic: ConicProgram | None = None
         self.num_variables, self.num_rows = canonical.num_variables, canonical.num_rows
@@ -238,7 +236,7 @@ class HSBackend(SolverInterface):
         dual = found[1] if len(found) > 1 else np.zeros((batch, state.num_rows))
         return primal, dual, solution
 
-    def _finish(self, status: Any, conflicts: dict[int, Sequence[str]], on_failure: str, names: Any) -> None:
+    def _finish(self, status: Any, conflicts: Mapping[int, Sequence[str]], on_failure: str, names: Any) -> None:
         self.status = torch.from_numpy(np.array(status))
         if on_failure == "raise" and np.any(status != Status.SOLVED):
             raise SolveError(failure_message(status, conflicts), status)
@@ -328,16 +326,18 @@ class _JaxData:
                 return None
             return value[None] if self._single else value.T
 
-        self._values = tuple(batch_first(value) for value in (p, q, a))
+        self._values = (batch_first(p), batch_first(q), batch_first(a))
 
     def jax_solve_only(self, solver_args: dict[str, Any] | None = None) -> tuple[Any, Any]:
         """Solve without keeping what a derivative needs."""
-        primal, dual, _ = self._backend.solve_jax_batch(*self._values, self._state, solver_args or {}, False)
+        p, q, a = self._values
+        primal, dual, _ = self._backend.solve_jax_batch(p, q, a, self._state, solver_args or {}, False)
         return primal, dual
 
     def jax_solve(self, solver_args: dict[str, Any] | None = None) -> tuple[Any, Any, Any]:
         """Solve and keep what a derivative needs."""
-        return self._backend.solve_jax_batch(*self._values, self._state, solver_args or {}, True)
+        p, q, a = self._values
+        return self._backend.solve_jax_batch(p, q, a, self._state, solver_args or {}, True)
 
     def jax_derivative(self, dprimal: Any, ddual: Any, saved: Any) -> tuple[Any, Any, Any]:
         """Differentiate; gradients have the shapes of the values."""
@@ -394,7 +394,7 @@ class CvxpyLayer(_StockLayer):
         problem: cp.Problem,
         parameters: list[cp.Parameter],
         variables: list[cp.Variable],
-        solver: str | SolverInterface | None = None,
+        solver: Any = None,
         gp: bool = False,
         verbose: bool = False,
         canon_backend: str | None = None,
@@ -459,7 +459,9 @@ class CvxpyLayer(_StockLayer):
             self._shapes = [tuple(int(size) for size in parameter.shape) for parameter in ctx.parameters]
         return plan.route
 
-    def _delegate(self, problem: cp.Problem, parameters: Any, variables: Any, solver: Any, rest: dict[str, Any]) -> None:
+    def _delegate(
+        self, problem: cp.Problem, parameters: Any, variables: Any, solver: Any, rest: dict[str, Any]
+    ) -> None:
         own = {key: value for key, value in self._solver_args.items() if key not in _OPTIONS}
         self._stock = _StockLayer(problem, parameters, variables, solver=solver, solver_args=own, **rest)
         self.ctx = self._stock.ctx
@@ -529,7 +531,9 @@ class CvxpyLayer(_StockLayer):
         if isinstance(self._stock.ctx.solver, HSBackend):
             self.status = self._stock.ctx.solver.status
         else:
-            batch = max([p.shape[0] for p, q in zip(params, self.ctx.parameters, strict=True) if p.ndim > q.ndim] or [1])
+            batch = max(
+                [p.shape[0] for p, q in zip(params, self.ctx.parameters, strict=True) if p.ndim > q.ndim] or [1]
+            )
             self.status = torch.zeros(batch, dtype=torch.int8)
         return found
 
@@ -597,7 +601,7 @@ def _init_with_hsbackend(self: Any, *args: Any, **kwargs: Any) -> None:
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     if type(self) is _StockLayer and len(args) <= len(names):
         self.__class__ = CvxpyLayer
-        CvxpyLayer.__init__(self, **arguments)
+        self.__init__(**arguments)
     elif arguments.get("gp") or len(args) > len(names):
         _stock_init(self, *args, **kwargs)
     else:  # a user's subclass keeps its own forward, with our solver underneath

@@ -56,6 +56,16 @@ class Contestant(Protocol):
         ...
 
 
+class LayerSolve:
+    """A layer with one variable as a solve function: parameter tensors in, primal (B, n) out."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    def __call__(self, *parameters: Tensor) -> Tensor:
+        return self.layer(*parameters)[0].flatten(1)
+
+
 AnyContestant = TypeVar("AnyContestant", bound=Contestant)
 
 
@@ -79,12 +89,7 @@ class LayerContestant:
         return problem.has_bounds or not self.only_with_bounds
 
     def setup(self, problem: BenchmarkProblem) -> Solve:
-        layer = self.make_layer(problem.build(self.bound_scale))
-
-        def solve(*parameters: Tensor) -> Tensor:
-            return layer(*parameters)[0].flatten(1)
-
-        return solve
+        return LayerSolve(self.make_layer(problem.build(self.bound_scale)))
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,14 @@ def _hs_layer(accuracy: float) -> Callable[[Model], Layer]:
         return CvxpyLayer(model.problem, model.parameters, model.variables, solver=solver)
 
     return make_layer
+
+
+def route_of(layer: object) -> str | None:
+    """Return how a layer of ours says it routes its problem, in one line; None for layers that do not say."""
+    explain = getattr(layer, "explain", None)
+    if explain is None:
+        return None
+    return "; ".join(line.strip(" -") for line in str(explain()).splitlines())
 
 
 def layer_contestants(accuracy: float = DEFAULT_ACCURACY) -> tuple[LayerContestant, ...]:

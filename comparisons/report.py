@@ -119,6 +119,7 @@ def markdown_text(report: SpeedReport) -> str:
         parts += [f"## {problem.name}", problem.description + ".", markdown_table(cells), _yardsticks(rows).strip()]
         remarks = [f"- {row.contestant} failed: {row.error}" for row in rows if row.error is not None]
         remarks += [f"- {row.contestant} warned: {note}" for row in rows for note in row.notes]
+        remarks += [f"- {row.contestant} routed: {row.route}" for row in rows if row.route is not None]
         if remarks:
             parts.append("\n".join(remarks))
     parts += [
@@ -173,6 +174,7 @@ def _record(row: Row, report: SpeedReport) -> dict[str, object]:
         "times_faster_than_diffcp": speed_up(row, diffcp_yardstick(rows)),
         "error": row.error,
         "notes": " | ".join(row.notes),
+        "route": row.route,
         "accuracy": report.accuracy,
         "seed": report.seed,
         "dtype": "float64",

@@ -15,7 +15,7 @@ class Row:
 
     A contestant that failed keeps its row: `error` says why, and whatever was not reached is None. `setup_ms` is
     building the layer, `first_call_ms` the first forward and backward, with everything that happens lazily or is
-    compiled then. `notes` are the warnings it raised.
+    compiled then. `notes` are the warnings it raised, `route` is what a layer of ours says about its choice of solver.
     """
 
     problem: str
@@ -28,6 +28,7 @@ class Row:
     first_call_ms: float | None = None
     error: str | None = None
     notes: tuple[str, ...] = ()
+    route: str | None = None
 
     @property
     def outcome(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from hsbackend.comparisons.contestants import Contestant, Solve
+from hsbackend.comparisons.contestants import Contestant, Solve, route_of
 from hsbackend.comparisons.judge import Verdict, judge
 from hsbackend.comparisons.problems import BenchmarkProblem
 from hsbackend.comparisons.progress import Progress
@@ -134,13 +134,17 @@ def _judge_contestant(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            # Meant for the authors of packages, not for those who read a comparison.
+            warnings.simplefilter("ignore", DeprecationWarning)
             start_s = time.perf_counter()
             solve = contestant.setup(problem)
             row = replace(row, setup_ms=1e3 * (time.perf_counter() - start_s))
             # The gradients of shared parameters are sums over the batch, so degenerate items get a zero cotangent here.
             first = call_once(solve, problem, reference.cotangent.to(problem.cotangent.device))
         row = replace(row, first_call_ms=first.total_ms, notes=_distinct([str(w.message) for w in caught]))
-        row = replace(row, verdict=_judge_call(problem, reference, first))
+        row = replace(
+            row, verdict=_judge_call(problem, reference, first), route=route_of(getattr(solve, "layer", None))
+        )
         warm = call_once(solve, problem, problem.cotangent)
     except Exception as error:
         return replace(row, error=describe_error(error)), None, 0.0

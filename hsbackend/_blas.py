@@ -1,3 +1,4 @@
+# pyright: reportMissingParameterType=false
 """Two vector operations for compiled kernels.
 
 Numba's disk cache knows a kernel's own file only, not the files of the helpers it calls: a kernel and its helpers

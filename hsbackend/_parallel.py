@@ -21,10 +21,6 @@ import numba  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
 _LOGGER = logging.getLogger("hsbackend")
-_LOCK = threading.Lock()
-_POOL: ThreadPoolExecutor | None = None
-_POOL_OWNER = -1
-_POOL_SIZE = 0
 #: Below this many multiply-adds a second thread costs more than it saves (a dispatch is about 30 microseconds).
 _SERIAL_WORK = 60_000
 #: Kernels that have run in this process; kernels are module-level and live as long as it does.
@@ -55,14 +51,26 @@ def inline_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast("Callable[..., Any]", decorate(function))
 
 
-def _pool(size: int) -> ThreadPoolExecutor:
-    global _POOL, _POOL_OWNER, _POOL_SIZE
-    with _LOCK:
-        # Threads do not survive a fork: a child builds its own pool.
-        if _POOL is None or os.getpid() != _POOL_OWNER or size > _POOL_SIZE:
-            _POOL = ThreadPoolExecutor(max_workers=size, thread_name_prefix="hsbackend")
-            _POOL_OWNER, _POOL_SIZE = os.getpid(), size
-        return _POOL
+class _Pool:
+    """A thread pool that grows on demand and is rebuilt in a forked child, where its threads do not exist."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._owner = -1
+        self._size = 0
+
+    def of(self, size: int) -> ThreadPoolExecutor:
+        if os.getpid() != self._owner:
+            self._lock = threading.Lock()  # the parent's may have been held by a thread that is gone
+        with self._lock:
+            if self._executor is None or os.getpid() != self._owner or size > self._size:
+                self._executor = ThreadPoolExecutor(max_workers=size, thread_name_prefix="hsbackend")
+                self._owner, self._size = os.getpid(), size
+            return self._executor
+
+
+_POOL = _Pool()
 
 
 def for_each_item(kernel: Kernel, batch: int, work_per_item: float, *arguments: Any) -> list[Any]:
@@ -83,7 +91,7 @@ def for_each_item(kernel: Kernel, batch: int, work_per_item: float, *arguments: 
         return [call(0, batch, 1, *arguments)]
     if id(kernel) not in _USED:  # compile once, not once per thread
         return [_first_call(kernel, 0, batch, 1, *arguments)]
-    pool = _pool(threads - 1)
+    pool = _POOL.of(threads - 1)
     futures = [pool.submit(kernel, worker, batch, threads, *arguments) for worker in range(1, threads)]
     first = kernel(0, batch, threads, *arguments)
     return [first, *(future.result() for future in futures)]

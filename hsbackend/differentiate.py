@@ -170,7 +170,11 @@ class Layer:
         return found
 
     def pullback(
-        self, solution: Solution, cotangents: Sequence[FloatArray | None], wanted: Sequence[bool], summed: Sequence[bool]
+        self,
+        solution: Solution,
+        cotangents: Sequence[FloatArray | None],
+        wanted: Sequence[bool],
+        summed: Sequence[bool],
     ) -> list[FloatArray | None]:
         """Return the gradients of the parameters.
 
@@ -196,7 +200,7 @@ class Layer:
             assert target is not None
             flat = cotangent.reshape(batch, -1)
             if repeated:
-                np.add.at(target, (slice(None), output.columns), flat)
+                np.add.at(target.T, output.columns, flat.T)
             else:
                 target[:, view] += flat
         primal, multipliers = solution.primal, solution.multipliers
@@ -278,7 +282,7 @@ class SolveFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Apply the rule at the top of this module."""
         arrays = [None if g is None else g.to(device="cpu", dtype=torch.float64).numpy() for g in cotangents]
         summed = [not batched for batched in ctx.batched]

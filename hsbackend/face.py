@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsbackend._blas import dot
-from hsbackend._parallel import compile_kernel, for_each_item
+from hsbackend._face_kernels import apply_inverse, box_kkt
+from hsbackend._parallel import for_each_item
 from hsbackend.metric import Metric
 from hsbackend.program import FloatArray, IndexArray, QPValues
 
@@ -37,25 +37,6 @@ class KKTSolution:
     primal: FloatArray
     rows: FloatArray
     bounds: FloatArray
-
-
-@compile_kernel
-def _apply_inverse(start, stop, step, values, target, scale, working, count, offset, inverse, out, scratch):  # type: ignore[no-untyped-def]
-    """``out_K = scale_K inverse (scale_K (values_K - target_K))`` with ragged working sets."""
-    varying_scale = 0 if scale.shape[0] == 1 else 1
-    for b in range(start, stop, step):
-        k = count[b]
-        if k == 0:
-            continue
-        t = scratch[b]
-        s = scale[b * varying_scale]
-        for i in range(k):
-            w = working[b, i]
-            t[i] = s[w] * (values[b, w] - target[b, w])
-        for i in range(k):
-            begin = offset[b] + i * k
-            w = working[b, i]
-            out[b, w] = s[w] * dot(inverse[begin : begin + k], t, k)
 
 
 @dataclass(frozen=True)
@@ -123,7 +104,7 @@ class GramFace:
         out = np.zeros((batch, total))
         width = int(self.count.max(initial=0))
         arguments = (values, target, self.scale, self.working, self.count, self.offset, self.inverse, out)
-        for_each_item(_apply_inverse, batch, float(width * width), *arguments, np.empty((batch, width)))
+        for_each_item(apply_inverse, batch, float(width * width), *arguments, np.empty((batch, width)))
         primal, equalities = self.metric.finish(point, out, rhs_primal, rhs_equalities)
         left = self.num_rows - equalities.shape[1]
         rows = np.concatenate([equalities, out[:, :left]], axis=1)
@@ -141,54 +122,6 @@ class GramFace:
         """(B, nb) side of the bounds in K."""
         eliminated = self.num_equalities - self.metric.num_equalities
         return self.side[:, self.num_rows - eliminated :]
-
-
-@compile_kernel
-def _box_kkt(start, stop, step, columns, row_index, entries, hessian, free, bounded_at, factor, offset, order, count, g, r, r_bound, u, w, w_bound, scratch):  # type: ignore[no-untyped-def]  # noqa: E501
-    """Solve the KKT system of a box face, diagonal H: u_j = r_bound on active bounds, Schur system on the rows."""
-    n = g.shape[1]
-    varying = 0 if entries.shape[0] == 1 else 1
-    varying_h = 0 if hessian.shape[0] == 1 else 1
-    for b in range(start, stop, step):
-        k = count[b]
-        value = entries[b * varying]
-        h = hessian[b * varying_h]
-        t = scratch[b]
-        for i in range(w.shape[1]):
-            w[b, i] = 0.0
-        # Row values of the minimiser without rows.
-        for j in range(n):
-            at = bounded_at[j]
-            if free[b, j]:
-                u[b, j] = g[b, j] / h[j]
-            else:
-                u[b, j] = r_bound[b, at]
-            for e in range(columns[j], columns[j + 1]):
-                w[b, row_index[e]] += value[e] * u[b, j]
-        # Solve L D L' on the rows of the face (order lists them; dependent ones are not listed).
-        base = offset[b]
-        for i in range(k):
-            t[i] = w[b, order[b, i]] - r[b, order[b, i]]
-        for i in range(k):
-            t[i] = (t[i] - dot(factor[base + i * k : base + i * k + i], t, i)) / factor[base + i * k + i]
-        for i in range(k - 1, -1, -1):
-            t[i] /= factor[base + i * k + i]
-            for j in range(i):
-                t[j] -= t[i] * factor[base + i * k + j]
-        for i in range(w.shape[1]):
-            w[b, i] = 0.0
-        for i in range(k):
-            w[b, order[b, i]] = t[i]
-        for j in range(n):
-            pushed = 0.0
-            for e in range(columns[j], columns[j + 1]):
-                pushed += value[e] * w[b, row_index[e]]
-            if free[b, j]:
-                u[b, j] -= pushed / h[j]
-                if bounded_at[j] >= 0:
-                    w_bound[b, bounded_at[j]] = 0.0
-            else:
-                w_bound[b, bounded_at[j]] = g[b, j] - h[j] * u[b, j] - pushed
 
 
 @dataclass(frozen=True)
@@ -231,7 +164,7 @@ class BoxFace:
         factors = (self.factor, self.offset, self.order, self.count)
         work = float(width * width + 4 * n + 2 * self.entries.shape[1])
         out = (u, w, w_bound, np.empty((batch, max(width, 1))))
-        for_each_item(_box_kkt, batch, work, *structure, *factors, rhs_primal, rhs_rows, rhs_bounds, *out)
+        for_each_item(box_kkt, batch, work, *structure, *factors, rhs_primal, rhs_rows, rhs_bounds, *out)
         return KKTSolution(u, w, w_bound)
 
     @property
@@ -256,7 +189,7 @@ class MixedFace:
     """
 
     first: BoxFace
-    second: GramFace | BoxFace | MixedFace
+    second: Face
     items: IndexArray
 
     def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:

@@ -279,7 +279,9 @@ class ItemMetric:
         batch, n, _ = self._half.shape
         units = torch.zeros((n, len(variables)), dtype=torch.float64)
         units[torch.from_numpy(variables), torch.arange(len(variables))] = 1.0
-        columns = torch.linalg.solve_triangular(torch.from_numpy(self._factor), units.expand(batch, -1, -1), upper=False)
+        columns = torch.linalg.solve_triangular(
+            torch.from_numpy(self._factor), units.expand(batch, -1, -1), upper=False
+        )
         half = torch.from_numpy(self._half)
         rows = torch.bmm(half.transpose(1, 2), columns).contiguous().numpy()
         return rows, torch.bmm(columns.transpose(1, 2), columns).contiguous().numpy()

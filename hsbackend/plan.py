@@ -244,9 +244,7 @@ class Plan:
         batch = grad_primal.shape[0]
         presolved = solution.presolved
         rhs_rows = np.zeros((batch, self.program.num_rows)) if grad_multipliers is None else grad_multipliers
-        trail, primal_side, row_side = self._presolve(
-            grad_primal, rhs_rows, presolved.definitions, presolved.curvature
-        )
+        trail, primal_side, row_side = self._presolve(grad_primal, rhs_rows, presolved.definitions, presolved.curvature)
         side = face.active_bounds
         rhs_bounds = self._collect_bounds(row_side, side, presolved)
         rows = np.ascontiguousarray(row_side[:, self._bounds.kept_rows])
@@ -349,9 +347,7 @@ class Plan:
             rows, bounds = result.rows[item], result.bounds[item]
             pick = slice(int(item), int(item) + 1)
             side = np.sign(np.nan_to_num(bounds)).astype(np.int64)[None]
-            slots = replace(
-                presolved, lower_slot=presolved.lower_slot[pick], upper_slot=presolved.upper_slot[pick]
-            )
+            slots = replace(presolved, lower_slot=presolved.lower_slot[pick], upper_slot=presolved.upper_slot[pick])
             combined = self._spread_bounds(np.nan_to_num(rows)[None], np.nan_to_num(bounds)[None], side, slots)[0]
             index = np.flatnonzero(np.abs(combined) > 1e-9 * max(1.0, float(np.abs(combined).max(initial=0.0))))
             found[int(item)] = [self._original_row(int(row)) for row in index]

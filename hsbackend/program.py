@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class AffineMap:
         self.offset: FloatArray = csc[:, [total]].toarray().ravel()
         edges = np.concatenate([[0], np.cumsum(self.parameter_sizes)]).astype(int)
         self.blocks: dict[int, SparseOperator] = {}
-        for index, (begin, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for index, (begin, end) in enumerate(pairwise(edges)):
             block = csc[:, begin:end]
             if block.nnz:
                 self.blocks[index] = SparseOperator.build(block)
@@ -185,7 +186,9 @@ class MatrixEntries:
         data = (np.ones(int(keep.sum()), dtype=bool), (self.rows[keep], self.columns[keep]))
         return sp.csr_array(sp.coo_array(data, shape=self.shape))
 
-    def select(self, entries: IndexArray, rows: IndexArray, columns: IndexArray, shape: tuple[int, int]) -> MatrixEntries:
+    def select(
+        self, entries: IndexArray, rows: IndexArray, columns: IndexArray, shape: tuple[int, int]
+    ) -> MatrixEntries:
         """Keep some entries and give them new places."""
         return MatrixEntries(shape, rows, columns, self.values.take(entries))
 

@@ -21,7 +21,6 @@ The solution ``(x, nu)`` and the adjoint ``(u, w)`` solve the same KKT system wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +29,6 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from hsbackend.program import AffineMap, FloatArray, IndexArray, MatrixEntries, Program, SparseOperator
-
-
-def _stack_columns(matrix: Any, rows: int, columns: int) -> Any:
-    """Return a matrix as one row per entry of its dense form, one column: for adding constants to a map."""
-    coo = sp.coo_array(matrix)
-    flat = coo.coords[0] * columns + coo.coords[1]
-    return sp.csc_array(sp.coo_array((coo.data, (flat, np.zeros_like(flat))), shape=(rows * columns, 1)))
 
 
 @dataclass(frozen=True)
@@ -121,9 +113,7 @@ def _choose(program: Program, allowed: NDArray[np.bool_]) -> list[tuple[int, int
     taken = np.zeros(program.num_variables, dtype=bool)
     for row in range(program.num_equalities):
         columns = pattern.indices[pattern.indptr[row] : pattern.indptr[row + 1]]
-        candidates = [
-            int(t) for t in columns if counts[t] == 1 and allowed[t] and (row, int(t)) not in varying_pairs
-        ]
+        candidates = [int(t) for t in columns if counts[t] == 1 and allowed[t] and (row, int(t)) not in varying_pairs]
         best: tuple[int, int] | None = None
         for t in candidates:
             others_curved = bool(np.any(curved[columns[columns != t]]))

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from hsbackend.program import IndexArray, MatrixEntries, Program
-from hsbackend.reduce import Bounds, Elimination, VaryingElimination, is_diagonal
+from hsbackend.reduce import Bounds, Elimination, VaryingElimination
 
 SolverName = Literal["semismooth_newton", "active_set", "reference", "diffcp"]
 

@@ -6,7 +6,7 @@ raises for a single item until the caller asked for it (``on_failure="raise"``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -40,7 +40,7 @@ _SENTENCES = {
     Status.INFEASIBLE: "infeasible",
     Status.UNBOUNDED: "unbounded",
     Status.INVALID_INPUT: "the parameters hold NaN or infinity",
-    Status.NOT_CONVERGED: "the requested tolerance was not reached; check the scaling of the data or loosen `tolerance`",
+    Status.NOT_CONVERGED: "the requested tolerance was not reached; check the scaling of the data or loosen tolerance",
     Status.NOT_STRICTLY_CONVEX: (
         "the Hessian is not positive definite on the equality constraints; add a small quadratic term to the objective"
     ),
@@ -72,7 +72,7 @@ class InvalidOptionError(HSBackendError, ValueError):
     """An option has an unknown name or a value outside its range; the message lists what is possible."""
 
 
-def failure_message(status: NDArray[np.int8], conflicts: dict[int, Sequence[str]]) -> str:
+def failure_message(status: NDArray[np.int8], conflicts: Mapping[int, Sequence[str]]) -> str:
     """Describe the failing items of a batch.
 
     Args:

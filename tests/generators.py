@@ -14,8 +14,8 @@ from hsbackend.program import AffineMap, MatrixEntries, Program
 class Case:
     """A batch of programs of one structure, with the answers.
 
-    ``hessian`` (1 or B, n, n), ``rows`` (1 or B, m, n), ``linear`` (B, n), ``rhs`` (B, m); the first ``equalities`` rows
-    are equalities. ``primal`` (B, n) is the unique solution and ``multipliers`` (B, m) one optimal dual solution;
+    ``hessian`` (1 or B, n, n), ``rows`` (1 or B, m, n), ``linear`` (B, n), ``rhs`` (B, m); the first ``equalities``
+    rows are equalities. ``primal`` (B, n) is the unique solution and ``multipliers`` (B, m) one optimal dual solution;
     ``infeasible`` (B,) marks items that were made infeasible on purpose.
     """
 

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hsbackend.comparisons.contestants import Layer, LayerContestant
+from hsbackend.comparisons.contestants import Layer, LayerContestant, route_of
 from hsbackend.comparisons.environment import Environment
 from hsbackend.comparisons.experiments.sp500 import MONTHS_PER_YEAR, Market
 from hsbackend.comparisons.problems import Model
@@ -79,10 +79,11 @@ class TrainingRun:
         losses: (steps,), minus the annualised Sharpe ratio of each minibatch.
         elapsed_s: (steps,), wall-clock time since the first step began.
         step_s: (steps,), wall-clock time of each step.
-        setup_s: building the layer.
+        setup_s: building the layer and its first call, which may compile; not part of the training time.
         validation_sharpe: annualised, net of trading costs, on the validation months, solved one after the other.
         validation_s: time those took.
         worst_violation: largest violation of any rule by any portfolio, training and validation.
+        route: what a layer of ours says about its choice of solver.
         error: why it ended early, if it did; the arrays then hold the steps before.
     """
 
@@ -94,6 +95,7 @@ class TrainingRun:
     validation_sharpe: float = float("nan")
     validation_s: float = float("nan")
     worst_violation: float = 0.0
+    route: str | None = None
     error: str | None = None
 
 
@@ -177,7 +179,10 @@ def train(
     try:
         start_s = time.perf_counter()
         layer = contestant.make_layer(build_model(market, contestant.bound_scale))
-        run = replace(run, setup_s=time.perf_counter() - start_s)
+        months = minibatches[0]
+        first_call = layer(network(market.features[months]), risk_root[months], holdings[months])[0]
+        torch.autograd.grad(first_call.sum(), list(network.parameters()))
+        run = replace(run, setup_s=time.perf_counter() - start_s, route=route_of(layer))
         for months in minibatches:
             w_previous = _drifted(holdings[months], market.past_returns[months])
             start_s = time.perf_counter()
@@ -328,6 +333,7 @@ def portfolio_text(runs: Sequence[TrainingRun], market: Market, schedule: Schedu
         lines.append(
             "moreau-2x: bounds rewritten as 2 * w >= 0, because stock cvxpylayers + MOREAU silently drops w >= 0"
         )
+    lines += [f"{run.backend} routed: {run.route}" for run in runs if run.route is not None]
     lines += [f"{run.backend} failed: {run.error}" for run in runs if run.error is not None]
     return "\n".join(lines) + "\n"
 

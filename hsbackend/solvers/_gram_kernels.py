@@ -155,7 +155,9 @@ def _drop_wrong_signs(base, lower, upper, n_eq, working, k, lam, side, inverse, 
 
 
 @inline_kernel
-def active_set(gram, base, lower, upper, n_eq, k, max_steps, tolerance, working, side, lam, values, inverse, r, scratch):
+def active_set(
+    gram, base, lower, upper, n_eq, k, max_steps, tolerance, working, side, lam, values, inverse, r, scratch
+):
     """Solve one item; on entry ``working[:k]`` with its ``inverse`` is a guess, on exit the optimal working set.
 
     Args:
@@ -172,7 +174,8 @@ def active_set(gram, base, lower, upper, n_eq, k, max_steps, tolerance, working,
         lam: (m,) out: multipliers; at an infeasible item the Farkas combination of rows instead.
         values: (m,) out: row values.
         inverse: (m, m) in and out: inverse of the Gram matrix on the working set.
-        r, scratch: (m,) scratch.
+        r: (m,) scratch.
+        scratch: (m,) scratch.
 
     Returns:
         (status, k, steps).
@@ -325,7 +328,9 @@ def _conflict(lam, m, working, k, p, r, sign):
 
 
 @inline_kernel
-def choose_face(gram, lower, upper, n_eq, k, support, active_tolerance, working, side, lam, values, inverse, r, scratch):
+def choose_face(
+    gram, lower, upper, n_eq, k, support, active_tolerance, working, side, lam, values, inverse, r, scratch
+):
     """Turn the final working set into the index set K of the HS-Jacobian; return its size.
 
     ``support`` False: add every row at a limit (K = I(x), independent ones; the others change nothing).

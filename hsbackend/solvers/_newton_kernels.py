@@ -120,7 +120,8 @@ def _optimality(mu, r, n_eq):
 @compile_kernel
 def newton_items(
     start, stop, step, columns, row_index, entries, hessian, linear, rhs, lower, upper, n_eq, tolerance, max_steps,
-    support, active_tolerance, keep, primal, multipliers, status, steps, free_mask, side_rows, side, order, count, offset,
+    support, active_tolerance, keep, primal, multipliers, status, steps, free_mask, side_rows, side, order, count,
+    offset,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Solve items; return the flat storage of the Cholesky factors of this worker's faces.
 
@@ -192,7 +193,8 @@ def newton_items(
         _primal(columns, row_index, value, scale, h, a, low, high, mu, x)
         _residual(columns, row_index, value, scale, rhs[b], x, r)
         taken = 0
-        for taken in range(max_steps):
+        for _step in range(max_steps):
+            taken += 1
             gap = _optimality(mu, r, n_eq)
             norm = 0.0
             for i in range(m):
@@ -287,7 +289,7 @@ def newton_items(
                 r[i] = r_trial[i]
             for j in range(n):
                 x[j] = x_trial[j]
-        steps[b] = taken + 1
+        steps[b] = taken
         status[b] = outcome
         if outcome != _SOLVED:
             continue

@@ -85,7 +85,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
         (positive at the upper limit).
     """
     batch, n = values.batch, values.num_variables
-    m, nb, n_eq = values.rows.shape[1], len(values.bounded), values.num_equalities
+    m, n_eq = values.rows.shape[1], values.num_equalities
     shared = values.hessian.shape[0] == 1 and values.rows.shape[0] == 1
     status = np.zeros(batch, dtype=np.int8)
     weight = 0.0
@@ -217,7 +217,8 @@ def verify(values: QPValues, options: Options, result: Result) -> Result:
         rows, bounds = result.rows + correction.rows, result.bounds + correction.bounds
         residuals_after = _residuals(values, primal, rows, bounds)
         after = _size(values, primal, rows, residuals_after)
-        # A face with nearly dependent rows may answer rounding with large multipliers of the wrong sign: keep what helps.
+        # A face with nearly dependent rows may answer rounding with large multipliers of the wrong sign: keep what
+        # helps.
         better = poor[after[poor] < worst[poor]]
         for old, new in zip((result.primal, result.rows, result.bounds), (primal, rows, bounds), strict=True):
             old[better] = new[better]
@@ -228,9 +229,7 @@ def verify(values: QPValues, options: Options, result: Result) -> Result:
     return result
 
 
-def _size(
-    values: QPValues, primal: FloatArray, rows: FloatArray, residuals: tuple[FloatArray, ...]
-) -> FloatArray:
+def _size(values: QPValues, primal: FloatArray, rows: FloatArray, residuals: tuple[FloatArray, ...]) -> FloatArray:
     """Return (B,) the largest relative KKT residual of each item; bound multipliers carry their sign by position."""
     stationarity, violation, outside = residuals
     size_dual = 1.0 + np.abs(values.rhs_primal).max(axis=1, initial=0.0)

@@ -88,7 +88,7 @@ def _solve_item(item: _Item) -> tuple[Status, FloatArray, FloatArray, FloatArray
         start, c = particular, np.zeros((len(h), 0))
     size = np.linalg.norm(g, axis=1)
     norm = np.where(size > 0.0, 1.0 / np.where(size > 0.0, size, 1.0), 1.0)
-    c, f = c * norm[:, None], (g @ start - h) * norm
+    c, f = np.asarray(c * norm[:, None]), np.asarray((g @ start - h) * norm)
     # Rows that the equalities determine (or that are empty) are conditions on the data alone.
     decided = np.linalg.norm(c, axis=1) <= 1e-12 * (1.0 + np.abs(c).max(initial=0.0))
     if np.any(f[decided] > 1e-8 * (1.0 + np.abs(start).max(initial=0.0))):
@@ -124,8 +124,9 @@ def _solve_item(item: _Item) -> tuple[Status, FloatArray, FloatArray, FloatArray
         float(np.maximum((g @ x - h) * norm, 0.0).max(initial=0.0)),
         float(np.maximum(-multipliers, 0.0).max(initial=0.0)),
     )
-    status = Status.SOLVED if worst <= 1e-8 * (1.0 + np.abs(solution).max(initial=0.0)) else Status.NOT_CONVERGED
-    return status, x, nu[: len(item.equalities)], multipliers
+    outcome = Status.SOLVED if worst <= 1e-8 * (1.0 + np.abs(solution).max(initial=0.0)) else Status.NOT_CONVERGED
+    equality = np.asarray(nu[: len(item.equalities)], dtype=np.float64)
+    return outcome, np.asarray(x, dtype=np.float64), equality, multipliers
 
 
 def solve(values: QPValues, options: Options) -> Result:

@@ -77,7 +77,7 @@ def solve(
         gram_setup: gives the active set's constant data when an item has to go there.
     """
     batch, n = values.batch, values.num_variables
-    m, nb = values.rhs_rows.shape[1], len(values.bounded)
+    m = values.rhs_rows.shape[1]
     entries = setup.entries(values.rows, constant_rows)
     lower = np.full((batch, n), -np.inf)
     upper = np.full((batch, n), np.inf)
@@ -129,4 +129,3 @@ def solve(
     if face is not None and rest.face is not None:
         face = MixedFace(face, rest.face, unfinished)
     return replace(result, face=face)
-

@@ -30,7 +30,9 @@ def active_projector(case: Case, b: int, choice: str, multipliers: np.ndarray, b
     member[: case.equalities] = True
     normals = rows[member]
     inverse = np.linalg.inv(hessian)
-    return inverse - inverse @ normals.T @ np.linalg.pinv(normals @ inverse @ normals.T, rcond=1e-10) @ normals @ inverse
+    return (
+        inverse - inverse @ normals.T @ np.linalg.pinv(normals @ inverse @ normals.T, rcond=1e-10) @ normals @ inverse
+    )
 
 
 @pytest.mark.parametrize("choice", ["active", "support"])
