@@ -55,7 +55,8 @@ class Canonical:
             p_rows, p_columns = _places(indices, indptr)
         else:
             quadratic, p_rows, p_columns = None, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        indices, indptr, (m, _) = ctx.reduced_A.problem_data_index
+        place = ctx.reduced_A.problem_data_index  # None without constraints
+        indices, indptr, (m, _) = place if place is not None else ([], np.zeros(n + 2, dtype=np.int64), (0, n + 1))
         row_index, column_index = _places(indices, indptr)
         dims = ctx.cone_dims
         cones = {
@@ -67,7 +68,8 @@ class Canonical:
             "p3d": list(dims.p3d),
             "pnd": list(getattr(dims, "pnd", [])),
         }
-        rows = sp.csr_array(ctx.reduced_A.reduced_mat)
+        mapped = ctx.reduced_A.reduced_mat
+        rows = sp.csr_array((0, linear.shape[1])) if mapped is None else sp.csr_array(mapped)
         return cls(
             n, cones, quadratic, p_rows, p_columns, linear[:n], rows, row_index, column_index, int(m)
         )  # fmt: skip
@@ -194,14 +196,12 @@ def outputs(ctx: Any) -> list[Output]:
     return found
 
 
-def returned_variables(canonical: Canonical, wanted: Sequence[Output], used: Any) -> Any:
-    """Return (n,) bool: entries of x that the layer returns or that belong to a variable of the user."""
+def returned_variables(canonical: Canonical, wanted: Sequence[Output]) -> Any:
+    """Return (n,) bool: the entries of x that the layer returns."""
     mask = np.zeros(canonical.num_variables, dtype=bool)
     for output in wanted:
         if output.source == "primal":
             mask[output.columns] = True
-    for part in used:
-        mask[part] = True
     return mask
 
 

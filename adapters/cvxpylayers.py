@@ -91,7 +91,7 @@ class _HostState:
             canonical.rows.shape[0],
         )
         wanted = _canonical.outputs(ctx)
-        returned = _canonical.returned_variables(canonical, wanted, _user_columns(ctx))
+        returned = _canonical.returned_variables(canonical, wanted)
         duals = any(output.source == "multipliers" for output in wanted)
         names = _canonical.row_names(ctx, canonical)
         program = _canonical.build_program(canonical, self.values.maps, self.values.sizes, returned, names, duals)
@@ -127,11 +127,6 @@ def _unsupported(route: Route) -> str:
         f"hsbackend cannot solve this problem: {route.reason}. Pass fallback='diffcp' to hand such problems to the "
         "default backend of cvxpylayers."
     )
-
-
-def _user_columns(ctx: Any) -> list[Any]:
-    """Return the places in x of the variables the user wrote down, as far as the host kept them: the returned ones."""
-    return [record.primal for record in ctx.var_recover if record.source == "primal"]
 
 
 class HSBackend(SolverInterface):
@@ -184,10 +179,18 @@ class HSBackend(SolverInterface):
             raise InvalidOptionError(f"`fallback` is {fallback!r}, expected 'diffcp' or 'error'.")
         if solver is not None and solver not in _SOLVERS:
             raise InvalidOptionError(f"`solver` is {solver!r}, expected None or one of {', '.join(_SOLVERS)}.")
-        self.fallback = fallback
+        self.fallback: Literal["diffcp", "error"] = fallback
         self.solver: SolverName | None = solver
         self.routes: list[Route] = []
         self.status: torch.Tensor | None = None
+
+    def conic_twin(self) -> HSBackend:
+        """Return a backend with these options for problems that only the purely conic canonical form accepts."""
+        twin = _ConicBackend(
+            self.settings.tolerance, self.settings.jacobian, self.fallback, self.settings.on_failure, self.solver
+        )
+        twin.routes = self.routes
+        return twin
 
     def explain(self) -> Route:
         """Return the routing report of the layer set up last (``routes`` has them all)."""
@@ -294,6 +297,13 @@ class HSBackend(SolverInterface):
         found = self._derivative(state, saved, *grads)
         p, q, a = (None if value is None else jnp.asarray(value, dtype=dtype) for value in found)
         return p, q, a
+
+
+class _ConicBackend(HSBackend):
+    """The same solver behind the canonical form without quadratic objectives."""
+
+    canon_solver = "DIFFCP"
+    supports_quad_obj = False
 
 
 def _state_of(dims: Any) -> _HostState:
@@ -410,36 +420,40 @@ class CvxpyLayer(_StockLayer):
         # Canonicalising caches inside the problem and other layers permute what is cached: work on a copy that shares
         # the expressions, so that the user's problem stays as it was.
         problem = cp.Problem(problem.objective, problem.constraints)
-        self._solver_args = dict(solver_args or {})
         arguments = {"gp": gp, "verbose": verbose, "canon_backend": canon_backend}
+        self._solver_args = dict(solver_args or {})
         if not isinstance(backend, HSBackend):
-            self._settings = _Settings()
+            self._settings, self._rest = _Settings(), {}
             self._route = Route("diffcp", f"solver {solver!r} was requested")
-            self._delegate(problem, parameters, variables, solver, arguments)
+            self._stock = _StockLayer(
+                problem, parameters, variables, solver=backend, solver_args=self._solver_args, **arguments
+            )
+            self._keep(self._stock.ctx)
             return
-        self._settings, rest = backend.settings.updated(self._solver_args)
-        if gp:
-            self._route = Route("diffcp", "geometric program (exponential cones)")
-        else:
-            self._route = self._build(problem, parameters, variables, backend, verbose, canon_backend)
-        backend.routes.append(self._route)
-        if self._route.polyhedral:
-            _warn_ignored(rest)
-            return
-        if backend.fallback == "error":
-            raise UnsupportedProblemError(_unsupported(self._route))
-        # The stock default, unless only a solver with quadratic objectives can take the problem's parameters.
-        plain = gp or problem.is_dpp()
-        self._delegate(problem, parameters, variables, None if plain else backend, arguments)
+        self._settings, self._rest = backend.settings.updated(self._solver_args)
+        self._route = self._build(problem, parameters, variables, backend, arguments)
+        if self._stock is None:
+            backend.routes.append(self._route)
+            _warn_ignored(self._rest)
+
+    def _keep(self, ctx: Any) -> None:
+        self.ctx = ctx
+        self._shapes = [tuple(int(size) for size in parameter.shape) for parameter in ctx.parameters]
 
     def _build(
-        self, problem: cp.Problem, parameters: Any, variables: Any, backend: HSBackend, verbose: bool, canon: str | None
+        self, problem: cp.Problem, parameters: Any, variables: Any, backend: HSBackend, arguments: dict[str, Any]
     ) -> Route:
+        """Prepare our solver, or the stock layer where the problem is not ours; say which and why."""
+        if not arguments["gp"] and not problem.is_dpp(quad_form_dpp="qp") and problem.is_dpp():  # pyright: ignore[reportCallIssue]
+            # quad_form(x - p, P) and its like: only the conic canonical form accepts the parameter's place.
+            reason = "a quadratic form with a parameter inside; write it as sum_squares(F @ (x - p)) with P = F'F"
+            return self._delegate(problem, parameters, variables, backend.conic_twin(), arguments, reason)
+        if arguments["gp"]:
+            return self._delegate(problem, parameters, variables, backend, arguments, "geometric program")
         ctx = _parse.parse_args(
-            problem, variables, parameters, None, gp=False, verbose=verbose, canon_backend=canon,
-            solver_args={}, custom_solver=backend,
+            problem, variables, parameters, None, verbose=arguments["verbose"],
+            canon_backend=arguments["canon_backend"], solver_args={}, custom_solver=backend,
         )  # fmt: skip
-        self.ctx = ctx
         canonical = _canonical.Canonical.read(ctx)
         parametrisation = _canonical.Parametrisation.of_user(ctx)
         wanted = _canonical.outputs(ctx)
@@ -447,24 +461,28 @@ class CvxpyLayer(_StockLayer):
             canonical,
             _canonical.user_maps(canonical, parametrisation),
             parametrisation.sizes,
-            _canonical.returned_variables(canonical, wanted, _user_columns(ctx)),
+            _canonical.returned_variables(canonical, wanted),
             _canonical.row_names(ctx, canonical),
             any(output.source == "multipliers" for output in wanted),
         )
-        if isinstance(program, str):
-            return Route("diffcp", program)
-        plan = Plan(program, backend.solver)
-        if plan.route.polyhedral:
-            self._layer = Layer(plan, wanted)
-            self._shapes = [tuple(int(size) for size in parameter.shape) for parameter in ctx.parameters]
+        plan = None if isinstance(program, str) else Plan(program, backend.solver)
+        if plan is None or not plan.route.polyhedral:
+            return self._delegate(problem, parameters, variables, backend, arguments, None)
+        self._keep(ctx)
+        self._layer = Layer(plan, wanted)
         return plan.route
 
     def _delegate(
-        self, problem: cp.Problem, parameters: Any, variables: Any, solver: Any, rest: dict[str, Any]
-    ) -> None:
-        own = {key: value for key, value in self._solver_args.items() if key not in _OPTIONS}
-        self._stock = _StockLayer(problem, parameters, variables, solver=solver, solver_args=own, **rest)
-        self.ctx = self._stock.ctx
+        self, problem: cp.Problem, parameters: Any, variables: Any, backend: HSBackend, arguments: dict[str, Any],
+        reason: str | None,
+    ) -> Route:  # fmt: skip
+        """Build the stock layer with our solver, whose way for what is not polyhedral is diffcp."""
+        if reason is not None and backend.fallback == "error":
+            raise UnsupportedProblemError(_unsupported(Route("diffcp", reason)))
+        self._stock = _StockLayer(problem, parameters, variables, solver=backend, **arguments)
+        self._keep(self._stock.ctx)
+        route = backend.routes[-1]
+        return route if reason is None else replace(route, reason=f"{reason} ({route.reason})")
 
     def explain(self) -> Route:
         """Return the routing report; ``print`` it."""
@@ -492,17 +510,19 @@ class CvxpyLayer(_StockLayer):
             SolveError: when an item has no solution and ``on_failure="raise"``.
         """
         settings, rest = self._settings.updated(solver_args or {})
-        if self._layer is None:
-            assert self._stock is not None
-            return self._forward_stock(params, settings, rest, warm_start)
-        _warn_ignored(rest)
+        stock = self._stock
+        if stock is not None and not isinstance(stock.ctx.solver, HSBackend):
+            self.status = None
+            return stock(*params, solver_args={**self._solver_args, **(solver_args or {})}, warm_start=warm_start)
         batched, batch, dtype = self._check(params)
         if batch == 0:
             self.status = torch.zeros(0, dtype=torch.int8)
-            return tuple(
-                sum((p.sum() * 0 for p in params), torch.zeros((0, *output.shape), dtype=dtype))
-                for output in self._layer.outputs
-            )
+            nothing = sum((p.sum() * 0 for p in params), torch.zeros((), dtype=dtype))
+            return tuple(nothing + torch.zeros((0, *record.shape), dtype=dtype) for record in self.ctx.var_recover)
+        if self._layer is None:
+            assert stock is not None
+            return self._forward_stock(stock, params, dtype, settings, {**self._rest, **rest})
+        _warn_ignored(rest)
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in params)
         options = settings.core(needs_grad or warm_start)
         call = Call(options, settings.on_failure, self._warm if warm_start else None)
@@ -520,22 +540,18 @@ class CvxpyLayer(_StockLayer):
         return tuple(value[0] for value in found)
 
     def _forward_stock(
-        self, params: tuple[torch.Tensor, ...], settings: _Settings, rest: dict[str, Any], warm_start: bool
+        self,
+        stock: _StockLayer,
+        params: tuple[torch.Tensor, ...],
+        dtype: torch.dtype,
+        settings: _Settings,
+        rest: dict[str, Any],
     ) -> tuple[torch.Tensor, ...]:
-        assert self._stock is not None
-        options = dict(rest)
-        if isinstance(self._stock.ctx.solver, HSBackend):
-            options["on_failure"] = settings.on_failure
-        self.status = None
-        found = self._stock(*params, solver_args=options, warm_start=warm_start and self._stock.ctx.solver == "MOREAU")
-        if isinstance(self._stock.ctx.solver, HSBackend):
-            self.status = self._stock.ctx.solver.status
-        else:
-            batch = max(
-                [p.shape[0] for p, q in zip(params, self.ctx.parameters, strict=True) if p.ndim > q.ndim] or [1]
-            )
-            self.status = torch.zeros(batch, dtype=torch.int8)
-        return found
+        own = {name: getattr(settings, name) for name in _OPTIONS}
+        try:
+            return tuple(value.to(dtype) for value in stock(*params, solver_args={**rest, **own}))
+        finally:
+            self.status = stock.ctx.solver.status
 
     def _check(self, params: Sequence[torch.Tensor]) -> tuple[tuple[bool, ...], int, torch.dtype]:
         """Check number, dtypes and shapes; return which parameters are batched, the batch size and the dtype."""

@@ -183,8 +183,8 @@ def shared_polyhedron(n: int, n_ineq: int, n_eq: int, batch: int, seed: int) -> 
     return BenchmarkProblem(
         name=f"shared-n{n}",
         description=(
-            f"projection, n={n}, {n_ineq} inequalities and {n_eq} equalities shared, B={batch}; point, b, h are parameters, "
-            "one per item"
+            f"projection, n={n}, {n_ineq} inequalities and {n_eq} equalities shared, B={batch}; "
+            "point, b, h are parameters, one per item"
         ),
         batch=batch,
         parameters=(

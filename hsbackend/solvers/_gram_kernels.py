@@ -24,6 +24,7 @@ _SOLVED = int(Status.SOLVED)
 _INFEASIBLE = int(Status.INFEASIBLE)
 _INVALID = int(Status.INVALID_INPUT)
 _NOT_CONVERGED = int(Status.NOT_CONVERGED)
+_UNBOUNDED = int(Status.UNBOUNDED)
 
 #: A row whose part outside the working set has a squared sine below this is dependent on the working set.
 #: 1e-11 leaves a factor 1e5 above rounding of a unit diagonal; measured on the fuzz generator of the tests.
@@ -435,6 +436,7 @@ def solve_items(
         for i in range(ns):
             prox_point[b, i] = 0.0
         total = 0
+        previous = np.inf
         outcome = _NOT_CONVERGED
         for _outer in range(200 if ns > 0 else 1):
             for i in range(m):
@@ -462,7 +464,9 @@ def solve_items(
             # Rounding in numbers of size 1/weight leaves 1e-12; the refinement on the face removes the rest.
             if change <= 1e-10 * (1.0 + largest):
                 break
-            outcome = _NOT_CONVERGED
+            # A point that moves on by equal steps, without end, follows a direction in which the objective falls.
+            outcome = _UNBOUNDED if change > 0.999 * previous and change > 1e-6 * (1.0 + largest) else _NOT_CONVERGED
+            previous = change
             for i in range(n_eq, m):
                 if where[i] == 2:
                     where[i] = 0

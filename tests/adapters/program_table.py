@@ -427,6 +427,16 @@ def bound_fixed_variable():
 
 
 @row
+def bound_coefficient_parameter():
+    """One row is an upper bound, a lower bound or nothing, as the sign of its coefficient says."""
+    x, y, s = cp.Variable(3), cp.Parameter(3), cp.Parameter()
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [s * x[0] <= 1, cp.sum(x) == 1])
+    points = np.array([[2.0, 1.0, -1.0], [2.0, 1.0, -1.0], [-2.0, 1.0, -1.0]])
+    draw = lambda rng: [points + 0.1 * rng.standard_normal((BATCH, 3)), np.array([1.0, 0.0, -3.0])]  # noqa: E731
+    return problem, [y, s], [x], draw
+
+
+@row
 def bound_scalar_on_some():
     x = cp.Variable(5)
     return _bounded(x, [x[::2] >= 0, x[4] <= 0.3])
@@ -474,6 +484,13 @@ def equality_only():
 def no_constraint():
     x, y = cp.Variable(4), cp.Parameter(6)
     return cp.Problem(cp.Minimize(cp.sum_squares(_constant(8, 6, 4) @ x - y))), [y], [x], _points(6)
+
+
+@row
+def no_rows():
+    """Not even the rows that define auxiliary variables: the canonical form has no constraint matrix."""
+    x, y = _vector()
+    return cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x) - y @ x)), [y], [x], _points(5)
 
 
 @row
@@ -657,6 +674,14 @@ def several_variables():
     constraints = [x >= 0, cp.sum(x) + cp.sum(z) == t, z <= 0.5, t <= 0.8]
     draw = lambda rng: [rng.standard_normal((BATCH, 2, 2)), rng.standard_normal((BATCH, 3))]  # noqa: E731
     return cp.Problem(cp.Minimize(objective), constraints), [b, a], [z, t, x], draw
+
+
+@row
+def definition_with_parameter_coefficient():
+    """A row that would define t, were it not for a coefficient that changes from item to item."""
+    x, t, y, s = cp.Variable(3), cp.Variable(3), cp.Parameter(3), cp.Parameter()
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(t) + cp.sum_squares(x)), [s * t == x - y, x >= 0])
+    return problem, [y, s], [x, t], lambda rng: [rng.standard_normal((BATCH, 3)), np.array([1.0, 2.0, -0.3])]
 
 
 @row

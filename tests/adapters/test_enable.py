@@ -23,7 +23,7 @@ def _always_disabled_afterwards():
 def diffcp_calls(monkeypatch):
     """Count the solves that reach diffcp."""
     calls = []
-    for name in ("solve_and_derivative_batch", "solve_only_batch"):
+    for name in ("solve_and_derivative_batch", "solve_only_batch", "solve_and_derivative", "solve_only"):
         original = getattr(diffcp, name)
 
         def counted(*args, _original=original, **keywords):

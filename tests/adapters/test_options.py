@@ -212,6 +212,15 @@ def test_backward_twice_with_retain_graph():
     assert torch.equal(once, twice)
 
 
+def test_second_derivative_is_an_error():
+    """As in the stock layer: asking twice is refused, never answered with what is missing left out."""
+    layer = make_layer("ours", *_simplex())
+    (y,) = tensors([np.array([0.8, 0.4, -1.0])])
+    (gradient,) = torch.autograd.grad(layer(y)[0].square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (gradient.square().sum() + y.square().sum()).backward()
+
+
 def test_same_input_same_bits():
     point = truth("everything_a_parameter")
     problem, parameters, variables, _ = TABLE["everything_a_parameter"].build()
