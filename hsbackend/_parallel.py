@@ -22,7 +22,7 @@ import torch
 
 _LOGGER = logging.getLogger("hsbackend")
 #: Below this many multiply-adds a second thread costs more than it saves (a dispatch is about 30 microseconds).
-_SERIAL_WORK = 60_000
+_SERIAL_WORK = 250_000
 #: Kernels that have run in this process; kernels are module-level and live as long as it does.
 _USED: set[int] = set()
 

@@ -13,10 +13,10 @@ from hsbackend._blas import axpy, dot
 from hsbackend._parallel import compile_kernel, for_each_item
 from hsbackend.program import FloatArray
 
-#: From this order on one large library product per item beats our loop (measured: docs/performance.md).
+#: From this order on one library product per item beats our loop (measured: docs/performance.md).
 _LIBRARY_ORDER = 48
-#: Multiply-adds of a shared product below which our loop beats a call into the library.
-_SMALL_PRODUCT = 40_000
+#: Multiply-adds of a shared product from which one call into the library beats our loop.
+_LIBRARY_PRODUCT = 8_000_000
 
 
 @compile_kernel
@@ -32,14 +32,26 @@ def _matvec(start, stop, step, matrices, vectors, out):  # type: ignore[no-untyp
 
 @compile_kernel
 def _vecmat(start, stop, step, vectors, matrices, out):  # type: ignore[no-untyped-def]
-    """``out[b] = v[b] M[b]``; ``out`` comes zeroed."""
+    """``out[b] = v[b] M[b]``, four rows of M at a time; ``out`` comes zeroed."""
     varying = 0 if matrices.shape[0] == 1 else 1
+    k = matrices.shape[1]
     n = matrices.shape[2]
     for b in range(start, stop, step):
         matrix = matrices[b * varying]
-        for i in range(matrices.shape[1]):
-            if vectors[b, i] != 0.0:
-                axpy(vectors[b, i], matrix[i], out[b], n)
+        v = vectors[b]
+        row = out[b]
+        i = 0
+        while i + 4 <= k:
+            m0 = matrix[i]
+            m1 = matrix[i + 1]
+            m2 = matrix[i + 2]
+            m3 = matrix[i + 3]
+            for j in range(n):
+                row[j] += v[i] * m0[j] + v[i + 1] * m1[j] + v[i + 2] * m2[j] + v[i + 3] * m3[j]
+            i += 4
+        while i < k:
+            axpy(v[i], matrix[i], row, n)
+            i += 1
 
 
 @compile_kernel
@@ -83,15 +95,19 @@ def _weighted_gram(start, stop, step, matrices, weights, base, out):  # type: ig
 
 def matmul(a: FloatArray, b: FloatArray) -> FloatArray:
     """Multiply (B, k) with one shared (k, n) matrix."""
-    if a.shape[0] * b.shape[0] * b.shape[1] < _SMALL_PRODUCT:
-        return a @ b
-    return torch.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    work = a.shape[0] * b.shape[0] * b.shape[1]
+    if work >= _LIBRARY_PRODUCT:
+        return torch.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    out = np.zeros((a.shape[0], b.shape[1]))
+    arguments = (np.ascontiguousarray(a), np.ascontiguousarray(b)[None], out)
+    for_each_item(_vecmat, a.shape[0], float(b.size), *arguments)
+    return out
 
 
 def matvec(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
     """Return ``M[b] v[b]``, (B, k), for matrices (1 or B, k, n) and vectors (B, n)."""
     if matrices.shape[0] == 1:
-        return matmul(vectors, np.ascontiguousarray(matrices[0].T))
+        return matmul(vectors, matrices[0].T)
     batch, k, n = matrices.shape
     out = np.empty((batch, k))
     for_each_item(_matvec, batch, float(k * n), matrices, np.ascontiguousarray(vectors), out)
@@ -108,15 +124,38 @@ def vecmat(vectors: FloatArray, matrices: FloatArray) -> FloatArray:
     return out
 
 
-def weighted_gram(matrices: FloatArray, weights: FloatArray, base: FloatArray) -> FloatArray:
-    """Return ``M' diag(w) M + base`` for matrices (1 or B, k, n), weights (1 or B, k), base (1 or B, n, n)."""
-    _, k, n = matrices.shape
-    batch = max(matrices.shape[0], weights.shape[0], base.shape[0])
+def weighted_gram(
+    matrices: FloatArray, weights: FloatArray | None = None, base: FloatArray | None = None
+) -> FloatArray:
+    """Return ``M' diag(w) M + base`` for matrices (1 or B, k, n), weights (1 or B, k), base (1 or B, n, n).
+
+    Without ``weights`` they are one, without ``base`` it is zero.
+    """
+    count, k, n = matrices.shape
     if n >= _LIBRARY_ORDER:
-        tall = torch.from_numpy(matrices)
-        weighted = tall * torch.from_numpy(weights)[:, :, None]
-        square = torch.matmul(tall.transpose(1, 2), weighted)
-        return np.ascontiguousarray((square + torch.from_numpy(base)).numpy())
+        return _library_gram(torch.from_numpy(matrices), weights, base)
+    weights = np.ones((1, k)) if weights is None else weights
+    base = np.zeros((1, n, n)) if base is None else base
+    batch = max(count, weights.shape[0], base.shape[0])
     out = np.empty((batch, n, n))
     for_each_item(_weighted_gram, batch, k * n * n / 2.0, matrices, weights, base, out)
     return out
+
+
+def _library_gram(tall: torch.Tensor, weights: FloatArray | None, base: FloatArray | None) -> FloatArray:
+    """The same with torch; equal weights, the usual case, cost no copy of the matrices."""
+    factor = 1.0
+    weighted = tall
+    if weights is not None:
+        first = float(weights.flat[0]) if weights.size else 1.0
+        if np.all(weights == first):
+            factor = first
+        else:
+            weighted = tall * torch.from_numpy(weights)[:, :, None]
+    batch = max(weighted.shape[0], 1 if base is None else base.shape[0])
+    tall, weighted = tall.expand(batch, -1, -1), weighted.expand(batch, -1, -1)
+    if base is None or not base.any():
+        square = torch.bmm(tall.transpose(1, 2), weighted)
+        return (square if factor == 1.0 else square.mul_(factor)).numpy()
+    start = torch.from_numpy(base).expand(batch, -1, -1)
+    return torch.baddbmm(start, tall.transpose(1, 2), weighted, alpha=factor).contiguous().numpy()

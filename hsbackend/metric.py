@@ -253,7 +253,7 @@ class ItemMetric:
         self._half = np.empty((batch, n, total))
         arguments: tuple[Any, ...] = (hessian, rows, bounded, self._factor, self._half, self.status)
         for_each_item(_factor, batch, n * n * (n / 6.0 + total / 2.0), *arguments)
-        self.gram: FloatArray = weighted_gram(self._half, np.ones((1, n)), np.zeros((1, total, total)))
+        self.gram: FloatArray = weighted_gram(self._half)
 
     def free(self, rhs_primal: FloatArray, rhs_equalities: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return ``L^-1 a`` (B, n) and the row values (B, M); the equalities are ordinary rows here."""

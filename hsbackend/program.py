@@ -41,6 +41,14 @@ def _accumulate(start: int, stop: int, step: int, indptr, indices, data, targets
             out[b, targets[row]] += total
 
 
+@compile_kernel
+def _gather(start: int, stop: int, step: int, indices, data, targets, source, out):  # type: ignore[no-untyped-def]
+    """The same for a matrix with one entry per stored row."""
+    for b in range(start, stop, step):
+        for k in range(targets.shape[0]):
+            out[b, targets[k]] += data[k] * source[b, indices[k]]
+
+
 @dataclass(frozen=True)
 class SparseOperator:
     """A constant sparse matrix ``M`` (rows, columns) applied to every item of a batch.
@@ -68,7 +76,12 @@ class SparseOperator:
 
     def add_to(self, source: FloatArray, out: FloatArray) -> None:
         """Compute ``out[b] += M @ source[b]``; ``source`` (B, columns) and ``out`` (B, rows), both contiguous."""
-        if len(self.targets):
+        if not len(self.targets):
+            return
+        if len(self.data) == len(self.targets):
+            gather = (self.indices, self.data, self.targets, source, out)
+            for_each_item(_gather, out.shape[0], float(len(self.data)), *gather)
+        else:
             arguments = (self.indptr, self.indices, self.data, self.targets, source, out)
             for_each_item(_accumulate, out.shape[0], float(len(self.data)), *arguments)
 

@@ -153,7 +153,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
         weight, prox_rows, prox_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
         status, multipliers, steps, working, side, count, offset,
     )  # fmt: skip
-    stores = for_each_item(solve_items, batch, float(total * (10 + total)), *arguments)
+    stores = for_each_item(solve_items, batch, 8.0 * total * (10 + total), *arguments)
 
     rhs_primal = values.rhs_primal
     if ns:
