@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from hsbackend._parallel import for_each_item
-from hsbackend.batched import matvec, vecmat
 from hsbackend.face import GramFace
 from hsbackend.metric import ItemMetric, Metric, SharedMetric
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers._gram_kernels import normalise, solve_items
+from hsbackend.solvers._verify_kernels import kkt_residuals
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
 
@@ -171,30 +171,19 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     return Result(primal, rows, np.ascontiguousarray(multipliers[:, left:]), status, steps, face)
 
 
-def _natural(gap: FloatArray, multipliers: FloatArray) -> FloatArray:
-    """Violation of ``gap <= 0, multiplier >= 0, gap * multiplier = 0``: the gap, or the multiplier where it is smaller.
-
-    A multiplier that is zero up to rounding must not turn an inactive row into a violated one.
-    """
-    inside = np.where(multipliers > 0.0, np.maximum(gap, -multipliers), 0.0)
-    return np.where(gap > 0.0, gap, inside)
-
-
-def _residuals(values: QPValues, primal: FloatArray, rows: FloatArray, bounds: FloatArray) -> tuple[FloatArray, ...]:
-    """Return stationarity (B, n), row violation (B, m) and bound violation (B, nb), signed."""
-    if values.diagonal:
-        stationarity = values.hessian * primal - values.rhs_primal
-    else:
-        stationarity = matvec(values.hessian, primal) - values.rhs_primal
-    if rows.shape[1]:
-        stationarity += vecmat(rows, values.rows)
-    stationarity[:, values.bounded] += bounds
-    violation = matvec(values.rows, primal) - values.rhs_rows
-    me = values.num_equalities
-    violation[:, me:] = _natural(violation[:, me:], rows[:, me:])
-    x = primal[:, values.bounded]
-    outside = _natural(x - values.upper, bounds) - _natural(values.lower - x, -bounds)
-    return stationarity, violation, outside
+def _residuals(
+    values: QPValues, primal: FloatArray, rows: FloatArray, bounds: FloatArray
+) -> tuple[tuple[FloatArray, FloatArray, FloatArray], FloatArray]:
+    """Return the signed residuals, stationarity (B, n), rows (B, m) and bounds (B, nb), and the worst (B,)."""
+    residuals = (np.empty(primal.shape), np.empty(rows.shape), np.empty(bounds.shape))
+    worst = np.empty(values.batch)
+    hessian = values.hessian[:, None, :] if values.diagonal else values.hessian
+    work = float(hessian[0].size + 2 * values.rows[0].size)
+    for_each_item(
+        kkt_residuals, values.batch, work, hessian, values.diagonal, values.rhs_primal, values.rows, values.rhs_rows,
+        values.num_equalities, values.bounded, values.lower, values.upper, primal, rows, bounds, *residuals, worst,
+    )  # fmt: skip
+    return residuals, worst
 
 
 def verify(values: QPValues, options: Options, result: Result) -> Result:
@@ -205,8 +194,7 @@ def verify(values: QPValues, options: Options, result: Result) -> Result:
     the point.
     """
     solved = result.status == Status.SOLVED
-    residuals = _residuals(values, result.primal, result.rows, result.bounds)
-    worst = _size(values, result.primal, result.rows, residuals)
+    residuals, worst = _residuals(values, result.primal, result.rows, result.bounds)
     for _ in range(2):
         # Near the tolerance a refinement is cheap insurance; further away it is needed.
         poor = np.flatnonzero(solved & ~(worst <= 1e-3 * options.tolerance))
@@ -215,8 +203,7 @@ def verify(values: QPValues, options: Options, result: Result) -> Result:
         correction = result.face.kkt_solve(*(-part for part in residuals))
         primal = result.primal + correction.primal
         rows, bounds = result.rows + correction.rows, result.bounds + correction.bounds
-        residuals_after = _residuals(values, primal, rows, bounds)
-        after = _size(values, primal, rows, residuals_after)
+        residuals_after, after = _residuals(values, primal, rows, bounds)
         # A face with nearly dependent rows may answer rounding with large multipliers of the wrong sign: keep what
         # helps.
         better = poor[after[poor] < worst[poor]]
@@ -227,19 +214,3 @@ def verify(values: QPValues, options: Options, result: Result) -> Result:
         worst[better] = after[better]
     result.status[solved & ~(worst <= options.tolerance)] = Status.NOT_CONVERGED
     return result
-
-
-def _size(values: QPValues, primal: FloatArray, rows: FloatArray, residuals: tuple[FloatArray, ...]) -> FloatArray:
-    """Return (B,) the largest relative KKT residual of each item; bound multipliers carry their sign by position."""
-    stationarity, violation, outside = residuals
-    size_dual = 1.0 + np.abs(values.rhs_primal).max(axis=1, initial=0.0)
-    size_primal = 1.0 + np.abs(primal).max(axis=1, initial=0.0)
-    worst = np.abs(stationarity).max(axis=1, initial=0.0) / size_dual
-    if violation.shape[1]:
-        limit = np.where(np.isfinite(values.rhs_rows), np.abs(values.rhs_rows), 0.0)
-        worst = np.maximum(worst, (np.abs(violation) / (size_primal[:, None] + limit)).max(axis=1))
-        sign = np.maximum(-rows[:, values.num_equalities :], 0.0).max(axis=1, initial=0.0)
-        worst = np.maximum(worst, sign / size_dual)
-    if outside.shape[1]:
-        worst = np.maximum(worst, (np.abs(outside) / size_primal[:, None]).max(axis=1))
-    return worst
