@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from hsbackend._blas import axpy, dot
 from hsbackend._parallel import compile_kernel, for_each_item
@@ -44,17 +43,20 @@ class SharedMetric:
         hessian: (n, n).
         equalities: (me, n).
         rows: (M, n) inequality rows, bounds among them.
+        proximal: (ns,) variables of proximal steps.
 
     Attributes:
         convex: False when H is not positive definite on null(E); nothing else is valid then.
         gram: (1, M, M).
+        proximal_rows: (1, M, ns) ``N Z`` on the proximal variables.
+        proximal_block: (1, ns, ns) ``Z`` on the proximal variables.
         inconsistency: (me, me) projector whose product with h must vanish for the equalities to hold.
         num_equalities: equality rows left in the Gram matrix: none.
     """
 
     num_equalities = 0
 
-    def __init__(self, hessian: FloatArray, equalities: FloatArray, rows: FloatArray) -> None:
+    def __init__(self, hessian: FloatArray, equalities: FloatArray, rows: FloatArray, proximal: IndexArray) -> None:
         """Factor once."""
         n, me = hessian.shape[0], equalities.shape[0]
         size = np.linalg.norm(equalities, axis=1)
@@ -93,6 +95,8 @@ class SharedMetric:
         self.equalities = equalities
         self.rows_inverse = rows @ z
         self.rows = rows
+        self.proximal_rows: FloatArray = np.ascontiguousarray(self.rows_inverse[:, proximal])[None]
+        self.proximal_block: FloatArray = np.ascontiguousarray(z[np.ix_(proximal, proximal)])[None]
         self.gram: FloatArray = (self.rows_inverse @ rows.T)[None]
         self.gram = 0.5 * (self.gram + self.gram.transpose(0, 2, 1))
         # A row of null(E)' that vanishes up to rounding must look like a zero row.
@@ -127,13 +131,6 @@ class SharedMetric:
         dual = matmul(pushed, self.range)
         dual += matmul(rhs_equalities, np.ascontiguousarray(self.schur.T))
         return primal, dual
-
-    def proximal_parts(self, variables: IndexArray) -> tuple[FloatArray, FloatArray]:
-        """Return the rows and the block of H^-1 that the proximal steps of some variables need."""
-        return (
-            np.ascontiguousarray(self.rows_inverse[:, variables])[None],
-            np.ascontiguousarray(self.inverse[np.ix_(variables, variables)])[None],
-        )
 
 
 @compile_kernel
@@ -200,7 +197,7 @@ def _factor(start, stop, step, hessian, rows, bounded, factor, half, status):  #
 def _forward_substitution(start, stop, step, factor, half, rhs, point, values):  # type: ignore[no-untyped-def]
     """``point = L^-1 rhs`` and ``values = half' point``."""
     n = rhs.shape[1]
-    total = half.shape[2]
+    total = values.shape[1]
     for b in range(start, stop, step):
         low = factor[b]
         y = point[b]
@@ -216,7 +213,7 @@ def _forward_substitution(start, stop, step, factor, half, rhs, point, values): 
 def _back_substitution(start, stop, step, factor, half, point, multipliers, primal):  # type: ignore[no-untyped-def]
     """``primal = L^-T (point - half multipliers)``."""
     n = point.shape[1]
-    total = half.shape[2]
+    total = multipliers.shape[1]
     for b in range(start, stop, step):
         low = factor[b]
         x = primal[b]
@@ -234,30 +231,44 @@ class ItemMetric:
         hessian: (1 or B, n, n).
         rows: (1 or B, m, n), equality rows first.
         bounded: (nb,) variables whose unit rows follow.
+        proximal: (ns,) variables of proximal steps.
         batch: B.
         num_equalities: number of equality rows; they stay in the Gram matrix.
 
     Attributes:
         status: (B,) INVALID_INPUT or NOT_STRICTLY_CONVEX where the Hessian has no Cholesky factor.
         gram: (B, m + nb, m + nb).
+        proximal_rows: (B, m + nb, ns) ``N H^-1`` on the proximal variables.
+        proximal_block: (B, ns, ns) ``H^-1`` on the proximal variables.
     """
 
     def __init__(
-        self, hessian: FloatArray, rows: FloatArray, bounded: IndexArray, batch: int, num_equalities: int
+        self,
+        hessian: FloatArray,
+        rows: FloatArray,
+        bounded: IndexArray,
+        proximal: IndexArray,
+        batch: int,
+        num_equalities: int,
     ) -> None:
         """Factor every item."""
         n, total = hessian.shape[1], rows.shape[1] + len(bounded)
         self.num_equalities = num_equalities
         self.status = np.zeros(batch, dtype=np.int8)
         self._factor = np.zeros((batch, n, n))
-        self._half = np.empty((batch, n, total))
-        arguments: tuple[Any, ...] = (hessian, rows, bounded, self._factor, self._half, self.status)
+        # Columns L^-1 N', L^-1 e_bounded, L^-1 e_proximal: one Gram matrix holds what rows and proximal steps need.
+        self._half = np.empty((batch, n, total + len(proximal)))
+        units = np.concatenate([bounded, proximal])
+        arguments: tuple[Any, ...] = (hessian, rows, units, self._factor, self._half, self.status)
         for_each_item(_factor, batch, n * n * (n / 6.0 + total / 2.0), *arguments)
-        self.gram: FloatArray = weighted_gram(self._half)
+        whole = weighted_gram(self._half)
+        self.gram: FloatArray = np.ascontiguousarray(whole[:, :total, :total])
+        self.proximal_rows: FloatArray = np.ascontiguousarray(whole[:, :total, total:])
+        self.proximal_block: FloatArray = np.ascontiguousarray(whole[:, total:, total:])
 
     def free(self, rhs_primal: FloatArray, rhs_equalities: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return ``L^-1 a`` (B, n) and the row values (B, M); the equalities are ordinary rows here."""
-        batch, n, total = self._half.shape
+        (batch, n), total = rhs_primal.shape, self.gram.shape[1]
         point = np.empty((batch, n))
         values = np.empty((batch, total))
         arguments = (self._factor, self._half, rhs_primal, point, values)
@@ -268,23 +279,11 @@ class ItemMetric:
         self, point: FloatArray, multipliers: FloatArray, rhs_primal: FloatArray, rhs_equalities: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Return x (B, n) and no equality multipliers: they are among ``multipliers``."""
-        batch, n, total = self._half.shape
+        (batch, n), total = point.shape, self.gram.shape[1]
         primal = np.empty((batch, n))
         arguments = (self._factor, self._half, point, multipliers, primal)
         for_each_item(_back_substitution, batch, float(n * (n / 2 + total)), *arguments)
         return primal, np.zeros((batch, 0))
-
-    def proximal_parts(self, variables: IndexArray) -> tuple[FloatArray, FloatArray]:
-        """Return the rows and the block of H^-1 that the proximal steps of some variables need."""
-        batch, n, _ = self._half.shape
-        units = torch.zeros((n, len(variables)), dtype=torch.float64)
-        units[torch.from_numpy(variables), torch.arange(len(variables))] = 1.0
-        columns = torch.linalg.solve_triangular(
-            torch.from_numpy(self._factor), units.expand(batch, -1, -1), upper=False
-        )
-        half = torch.from_numpy(self._half)
-        rows = torch.bmm(half.transpose(1, 2), columns).contiguous().numpy()
-        return rows, torch.bmm(columns.transpose(1, 2), columns).contiguous().numpy()
 
 
 Metric = SharedMetric | ItemMetric

@@ -461,8 +461,9 @@ def solve_items(
                 change = max(change, abs(new_point[i] - prox_point[b, i]))
                 largest = max(largest, abs(new_point[i]))
                 prox_point[b, i] = new_point[i]
-            # Rounding in numbers of size 1/weight leaves 1e-12; the refinement on the face removes the rest.
-            if change <= 1e-10 * (1.0 + largest):
+            # Converged, or down to the rounding in numbers of size 1/weight: the refinement on the face does the rest,
+            # and the check against the data has the last word.
+            if change <= 1e-10 * (1.0 + largest) or (change <= 1e-6 * (1.0 + largest) and change > 0.5 * previous):
                 break
             # A point that moves on by equal steps, without end, follows a direction in which the objective falls.
             outcome = _UNBOUNDED if change > 0.999 * previous and change > 1e-6 * (1.0 + largest) else _NOT_CONVERGED

@@ -64,7 +64,7 @@ class GramSetup:
         units = np.zeros((len(bounded), n))
         units[np.arange(len(bounded)), bounded] = 1.0
         inequalities = np.concatenate([rows[0, num_equalities:], units])
-        self.metric = SharedMetric(dense, np.ascontiguousarray(rows[0, :num_equalities]), inequalities)
+        self.metric = SharedMetric(dense, np.ascontiguousarray(rows[0, :num_equalities]), inequalities, proximal)
         if self.metric.convex:
             self.gram = self.metric.gram
             self.scale = np.empty(self.gram.shape[:2])
@@ -108,7 +108,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
             weight = PROXIMAL_WEIGHT * float(np.nan_to_num(np.abs(np.einsum("bii->bi", dense)).max(initial=0.0)))
             dense = dense.copy()
             dense[:, values.proximal, values.proximal] += weight
-        metric = ItemMetric(np.ascontiguousarray(dense), values.rows, values.bounded, batch, n_eq)
+        metric = ItemMetric(np.ascontiguousarray(dense), values.rows, values.bounded, values.proximal, batch, n_eq)
         status = metric.status
         gram = metric.gram
         scale = np.empty(gram.shape[:2])
@@ -126,17 +126,11 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     lower[:, :equal] = upper[:, :equal]
 
     ns = len(values.proximal)
-    if ns:
-        prox_rows, prox_block = metric.proximal_parts(values.proximal)
-        if shared:
-            prox_origin = np.ascontiguousarray(point[:, values.proximal])
-        else:
-            origin, _ = metric.finish(point, np.zeros((batch, total)), values.rhs_primal, rhs_equalities)
-            prox_origin = np.ascontiguousarray(origin[:, values.proximal])
+    if ns and not shared:
+        origin, _ = metric.finish(point, np.zeros((batch, total)), values.rhs_primal, rhs_equalities)
     else:
-        lead = gram.shape[0]
-        prox_rows, prox_block = np.zeros((lead, total, 0)), np.zeros((lead, 0, 0))
-        prox_origin = np.zeros((batch, 0))
+        origin = point
+    prox_origin = np.ascontiguousarray(origin[:, values.proximal])
     prox_point = np.zeros((batch, ns))
     multipliers = np.zeros((batch, total))
     steps = np.zeros(batch, dtype=np.int64)
@@ -150,7 +144,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     arguments: tuple[Any, ...] = (
         gram, scale, base, lower, upper, equal, options.inner_tolerance, 50 + 10 * (total + n),
         options.jacobian == "support", options.active_tolerance, options.keep_face,
-        weight, prox_rows, prox_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
+        weight, metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
         status, multipliers, steps, working, side, count, offset,
     )  # fmt: skip
     stores = for_each_item(solve_items, batch, 8.0 * total * (10 + total), *arguments)
