@@ -120,7 +120,7 @@ def choose(
             return Route("diffcp", reason, tuple(notes))
         notes = [*notes, f"{_plural(len(flat), 'epigraph variable')} without curvature: proximal steps"]
     total = rows.shape[0] + len(bounds.variables)
-    counts = np.bincount(rows.columns, minlength=n).astype(np.float64) if rows.shape[0] else np.zeros(n)
+    counts = np.diff(sp.csc_array(rows.pattern()).indptr).astype(np.float64)
     density = float(np.mean(counts**2)) if n else 0.0
     newton_possible = diagonal and not len(flat) and len(bounds.variables) > 0
     if requested == "reference":

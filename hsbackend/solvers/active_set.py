@@ -143,8 +143,8 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
         raise ValueError(f"warm start has shape {warm_side.shape}, expected {side.shape}: same structure and batch")
     arguments: tuple[Any, ...] = (
         gram, scale, base, lower, upper, equal, options.inner_tolerance, 50 + 10 * (total + n),
-        options.jacobian == "support", options.active_tolerance, options.keep_face,
-        weight, metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
+        options.jacobian == "support", options.active_tolerance, options.keep_face, weight,
+        metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
         status, multipliers, steps, working, side, count, offset,
     )  # fmt: skip
     stores = for_each_item(solve_items, batch, 8.0 * total * (10 + total), *arguments)
