@@ -9,11 +9,15 @@ order and the offset of the map in its last column. With ``A = -C`` and ``b = d`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from cvxpy.settings import PARAM_PROB
+from cvxpy.utilities import scopes
+from cvxpylayers.utils import parse_args
 
 from hsbackend.differentiate import Output
 from hsbackend.program import AffineMap, FloatArray, IndexArray, MatrixEntries, Program
@@ -228,8 +232,7 @@ def build_program(
         if norm is None:
             return cone
         canonical, maps, returned = norm
-        names = [*names[: canonical.cones["zero"]], *names]  # the new rows are equalities and never in a conflict
-        names = names[: canonical.num_rows]
+        names = [f"row {row} of the rewritten norm" for row in range(canonical.num_rows)]
     n, m = canonical.num_variables, canonical.num_rows
     quadratic_map, linear_map, rows_map = maps
     parameters = tuple(sizes)
@@ -323,8 +326,23 @@ def _norm_objective(
 
 
 def row_names(ctx: Any, canonical: Canonical) -> list[str]:
-    """Name every row after the constraint it came from, as far as the host lets us know."""
-    return [f"row {row}" for row in range(canonical.num_rows)]
+    """Name every row, after the user's constraint it came from where there is one: ``row 7 [x <= cap]``."""
+    names = [f"row {row}" for row in range(canonical.num_rows)]
+    if ctx.gp:
+        return names
+    scope = scopes.quad_form_dpp_scope() if ctx.solver.supports_quad_obj else nullcontext()
+    with scope:  # answered from the problem's cache
+        data, chain, _ = ctx.problem.get_problem_data(solver=ctx.solver.canon_solver_name)
+    slices = parse_args._build_constr_id_to_slice(data[PARAM_PROB])
+    renamed = chain.compose_constr_id_map()
+    for constraint in ctx.problem.constraints:
+        text = str(constraint)
+        text = text if len(text) <= 40 else text[:37] + "..."
+        place = slices.get(renamed.get(constraint.id, constraint.id))
+        if place is not None:
+            for row in range(place.start, min(place.stop, canonical.num_rows)):
+                names[row] += f" [{text}]"
+    return names
 
 
 def scatter_columns(values: FloatArray, index: IndexArray, size: int) -> FloatArray:

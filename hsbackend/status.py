@@ -35,6 +35,8 @@ class Status(IntEnum):
         return _SENTENCES[self]
 
 
+#: A message names this many conflicting rows at the most.
+_MOST_ROWS = 6
 _SENTENCES = {
     Status.SOLVED: "solved",
     Status.INFEASIBLE: "infeasible",
@@ -86,7 +88,9 @@ def failure_message(status: NDArray[np.int8], conflicts: Mapping[int, Sequence[s
     parts: list[str] = []
     for item in failing[:10]:
         text = f"item {item}: {Status(int(status[item])).sentence}"
-        rows = conflicts.get(int(item), ())
+        rows = list(conflicts.get(int(item), ()))
+        if len(rows) > _MOST_ROWS:
+            rows = [*rows[: _MOST_ROWS - 1], f"{len(rows) - _MOST_ROWS + 1} more rows"]
         if len(rows) == 1:
             text += f", {rows[0]} cannot hold"
         elif rows:
