@@ -21,6 +21,7 @@ from cvxpylayers.utils import parse_args
 
 from hsbackend.differentiate import Output
 from hsbackend.program import AffineMap, FloatArray, IndexArray, MatrixEntries, Program
+from hsbackend.status import UnsupportedProblemError
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,12 @@ class HostValues:
 def outputs(ctx: Any) -> list[Output]:
     """Translate the host's recovery records: where each returned tensor is, in row-major order."""
     found: list[Output] = []
-    for record in ctx.var_recover:
+    for variable, record in zip(ctx.variables, ctx.var_recover, strict=True):
+        if record.source == "primal" and (variable.attributes["diag"] or variable.attributes["sparsity"]):
+            raise UnsupportedProblemError(
+                f"variable {variable.name()} has the attribute diag or sparsity, which cvxpylayers does not recover; "
+                "return a variable of the entries instead and place them with cp.diag or a constant matrix."
+            )
         part = record.primal if record.source == "primal" else record.dual
         places = np.arange(part.start, part.stop, dtype=np.int64)
         shape = tuple(int(size) for size in record.shape)
@@ -326,7 +332,7 @@ def _norm_objective(
 
 
 def row_names(ctx: Any, canonical: Canonical) -> list[str]:
-    """Name every row, after the user's constraint it came from where there is one: ``row 7 [x <= cap]``."""
+    """Name every row, after the user's constraint it came from: ``row 7 (constraint 2, entry 0: x <= cap)``."""
     names = [f"row {row}" for row in range(canonical.num_rows)]
     if ctx.gp:
         return names
@@ -335,13 +341,13 @@ def row_names(ctx: Any, canonical: Canonical) -> list[str]:
         data, chain, _ = ctx.problem.get_problem_data(solver=ctx.solver.canon_solver_name)
     slices = parse_args._build_constr_id_to_slice(data[PARAM_PROB])
     renamed = chain.compose_constr_id_map()
-    for constraint in ctx.problem.constraints:
+    for number, constraint in enumerate(ctx.problem.constraints):
         text = str(constraint)
-        text = text if len(text) <= 40 else text[:37] + "..."
+        text = f": {text}" if len(text) <= 40 and "\n" not in text else ""  # constants print as whole matrices
         place = slices.get(renamed.get(constraint.id, constraint.id))
         if place is not None:
             for row in range(place.start, min(place.stop, canonical.num_rows)):
-                names[row] += f" [{text}]"
+                names[row] += f" (constraint {number}, entry {row - place.start}{text})"
     return names
 
 

@@ -13,10 +13,9 @@ from hsbackend._blas import axpy, dot
 from hsbackend._parallel import compile_kernel, for_each_item
 from hsbackend.program import FloatArray
 
-#: From this order on one library product per item beats our loop (measured: docs/performance.md).
-_LIBRARY_ORDER = 48
-#: Multiply-adds of a shared product from which one call into the library beats our loop.
-_LIBRARY_PRODUCT = 8_000_000
+#: Multiply-adds from which a call into the library pays. It is faster per operation at every size, but it wakes a
+#: second thread team, which costs milliseconds when the machine is busy (measured: docs/performance.md).
+_LIBRARY_WORK = 2_000_000
 
 
 @compile_kernel
@@ -96,7 +95,7 @@ def _weighted_gram(start, stop, step, matrices, weights, base, out):  # type: ig
 def matmul(a: FloatArray, b: FloatArray) -> FloatArray:
     """Multiply (B, k) with one shared (k, n) matrix."""
     work = a.shape[0] * b.shape[0] * b.shape[1]
-    if work >= _LIBRARY_PRODUCT:
+    if work >= _LIBRARY_WORK:
         return torch.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
     out = np.zeros((a.shape[0], b.shape[1]))
     arguments = (np.ascontiguousarray(a), np.ascontiguousarray(b)[None], out)
@@ -132,7 +131,7 @@ def weighted_gram(
     Without ``weights`` they are one, without ``base`` it is zero.
     """
     count, k, n = matrices.shape
-    if n >= _LIBRARY_ORDER:
+    if count * k * n * n / 2 >= _LIBRARY_WORK:
         return _library_gram(torch.from_numpy(matrices), weights, base)
     weights = np.ones((1, k)) if weights is None else weights
     base = np.zeros((1, n, n)) if base is None else base

@@ -17,9 +17,6 @@ from hsbackend.reduce import Bounds, Elimination, VaryingElimination
 
 SolverName = Literal["semismooth_newton", "active_set", "reference", "diffcp"]
 
-#: Average squared column count of N up to which Newton's assembly beats the Gram matrix of the active set
-#: (measured: docs/performance.md).
-_NEWTON_DENSITY = 150.0
 #: The dense solvers hold (n + rows)^2 numbers; above this the problem belongs to a sparse solver.
 _DENSE_LIMIT = 8000
 
@@ -53,6 +50,11 @@ class Route:
         lines = [f"hsbackend: {head} -> {self.solver}", f"  reason: {self.reason}"]
         lines += [f"  - {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _newton_density(n: int) -> float:
+    """Mean squared column count of N up to which Newton beats the active set (measured: docs/performance.md)."""
+    return max(4.0, n / 5.0) ** 2
 
 
 def _plural(count: int, singular: str, plural: str | None = None) -> str:
@@ -123,12 +125,14 @@ def choose(
     counts = np.diff(sp.csc_array(rows.pattern()).indptr).astype(np.float64)
     density = float(np.mean(counts**2)) if n else 0.0
     newton_possible = diagonal and not len(flat) and len(bounds.variables) > 0
+    if requested == "reference" and len(flat):
+        return Route("diffcp", "reference was requested but needs curvature in every variable", tuple(notes))
     if requested == "reference":
         return Route("reference", "requested", tuple(notes), tuple(flat.tolist()))
     if requested == "semismooth_newton" and not newton_possible:
         missing = "a diagonal Hessian" if not diagonal else "bounds"
         return Route("diffcp", f"semismooth_newton was requested but needs {missing}", tuple(notes))
-    if newton_possible and requested != "active_set" and (density <= _NEWTON_DENSITY or requested is not None):
+    if newton_possible and requested != "active_set" and (density <= _newton_density(n) or requested is not None):
         reason = f"diagonal Hessian, {_plural(len(bounds.variables), 'bounded variable')}, sparse rows"
         return Route("semismooth_newton", reason, tuple(notes))
     if n + total > _DENSE_LIMIT:

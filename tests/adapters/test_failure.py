@@ -402,3 +402,18 @@ def test_not_dpp_at_construction():
     problem = cp.Problem(cp.Minimize(cp.square(x)), [a * b * x >= 1])
     with pytest.raises(ValueError, match="DPP"):
         make_layer("ours", problem, [a, b], [x])
+
+
+def test_conflicting_rows_are_named_after_the_constraints_of_the_user():
+    z, h = cp.Variable(3), cp.Parameter(4, name="h")
+    matrix = np.array([[0.0, 1, 0], [1, 1, 0], [0, 0, 1], [-1, -1, 0]])
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(z - 1)), [z <= 9, matrix @ z <= h])
+    with pytest.raises(SolveError, match=r"\(constraint 1, entry 1\) and row \d+ \(constraint 1, entry 3\) conflict"):
+        make_layer("ours", problem, [h], [z])(torch.tensor([5.0, 1, 5, -2], dtype=torch.float64))
+
+
+def test_a_variable_the_host_cannot_recover_is_refused_with_advice():
+    x, y = cp.Variable((3, 3), diag=True), cp.Parameter((3, 3))
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x >= 0])
+    with pytest.raises(hsbackend.UnsupportedProblemError, match="attribute diag or sparsity"):
+        make_layer("ours", problem, [y], [x])
