@@ -54,38 +54,37 @@ def _vecmat(start, stop, step, vectors, matrices, out):  # type: ignore[no-untyp
 
 
 @compile_kernel
-def _weighted_gram(start, stop, step, matrices, weights, base, out):  # type: ignore[no-untyped-def]
-    """``out[b] = M[b]' diag(w[b]) M[b] + base[b]``, four rows of M at a time, both triangles."""
+def _weighted_gram(start, stop, step, matrices, first, weights, base, out):  # type: ignore[no-untyped-def]
+    """``out[b] = M' diag(w[b]) M + base[b]``, M the columns of ``matrices[b]`` from ``first``; both triangles."""
     varying = 0 if matrices.shape[0] == 1 else 1
     varying_w = 0 if weights.shape[0] == 1 else 1
     varying_base = 0 if base.shape[0] == 1 else 1
     k = matrices.shape[1]
-    n = matrices.shape[2]
+    n = matrices.shape[2] - first
     for b in range(start, stop, step):
         matrix = matrices[b * varying]
         w = weights[b * varying_w]
         for i in range(n):
-            row = out[b, i]
-            for j in range(i, n):
-                row[j] = base[b * varying_base, i, j]
+            # Slices that begin at zero: the compiler vectorises only loops whose indices cannot be negative.
+            row = out[b, i, i:]
+            begin = first + i
+            for j in range(n - i):
+                row[j] = base[b * varying_base, i, i + j]
             p = 0
             while p + 4 <= k:
-                a0 = matrix[p, i] * w[p]
-                a1 = matrix[p + 1, i] * w[p + 1]
-                a2 = matrix[p + 2, i] * w[p + 2]
-                a3 = matrix[p + 3, i] * w[p + 3]
-                m0 = matrix[p]
-                m1 = matrix[p + 1]
-                m2 = matrix[p + 2]
-                m3 = matrix[p + 3]
-                for j in range(i, n):
+                a0 = matrix[p, begin] * w[p]
+                a1 = matrix[p + 1, begin] * w[p + 1]
+                a2 = matrix[p + 2, begin] * w[p + 2]
+                a3 = matrix[p + 3, begin] * w[p + 3]
+                m0 = matrix[p, begin:]
+                m1 = matrix[p + 1, begin:]
+                m2 = matrix[p + 2, begin:]
+                m3 = matrix[p + 3, begin:]
+                for j in range(n - i):
                     row[j] += a0 * m0[j] + a1 * m1[j] + a2 * m2[j] + a3 * m3[j]
                 p += 4
             while p < k:
-                a0 = matrix[p, i] * w[p]
-                m0 = matrix[p]
-                for j in range(i, n):
-                    row[j] += a0 * m0[j]
+                axpy(matrix[p, begin] * w[p], matrix[p, begin:], row, n - i)
                 p += 1
         for i in range(n):
             for j in range(i):
@@ -137,7 +136,20 @@ def weighted_gram(
     base = np.zeros((1, n, n)) if base is None else base
     batch = max(count, weights.shape[0], base.shape[0])
     out = np.empty((batch, n, n))
-    for_each_item(_weighted_gram, batch, k * n * n / 2.0, matrices, weights, base, out)
+    for_each_item(_weighted_gram, batch, k * n * n / 2.0, matrices, 0, weights, base, out)
+    return out
+
+
+def gram_of_columns(matrices: FloatArray, first: int) -> FloatArray:
+    """Return ``M'M`` for M the columns of (B, k, .) matrices from ``first`` on."""
+    batch, k, width = matrices.shape
+    n = width - first
+    if batch * k * n * n / 2 >= _LIBRARY_WORK:
+        tall = torch.from_numpy(matrices)[:, :, first:]
+        return torch.bmm(tall.transpose(1, 2), tall).numpy()
+    out = np.empty((batch, n, n))
+    arguments = (matrices, first, np.ones((1, k)), np.zeros((1, n, n)), out)
+    for_each_item(_weighted_gram, batch, k * n * n / 2.0, *arguments)
     return out
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from hsbackend._blas import axpy, dot
 from hsbackend._parallel import compile_kernel, for_each_item
-from hsbackend.batched import matmul, weighted_gram
+from hsbackend.batched import gram_of_columns, matmul
 from hsbackend.program import FloatArray, IndexArray
 from hsbackend.status import Status
 
@@ -134,94 +134,96 @@ class SharedMetric:
 
 
 @compile_kernel
-def _factor(start, stop, step, hessian, rows, bounded, factor, half, status):  # type: ignore[no-untyped-def]
-    """Factor ``H = L L'`` in ``factor`` and solve ``L half = [N' e_j]``; shared inputs have length 1."""
+def _eliminate(start, stop, step, hessian, rows, units, work, status):  # type: ignore[no-untyped-def]
+    """Turn ``[H | N' e_units]`` into ``[U | U^-T (N' e_units)]`` with ``H = U'U``; shared inputs have length 1.
+
+    One sweep of Gaussian elimination by rows, four earlier rows at a time: a pass over the target for four updates.
+    """
     n = hessian.shape[1]
     m = rows.shape[1]
-    total = half.shape[2]
-    shared = 0 if hessian.shape[0] == 1 else 1
-    shared_rows = 0 if rows.shape[0] == 1 else 1
+    width = work.shape[2]
+    varying = 0 if hessian.shape[0] == 1 else 1
+    varying_rows = 0 if rows.shape[0] == 1 else 1
     for b in range(start, stop, step):
-        low = factor[b]
-        matrix = hessian[b * shared]
+        matrix = hessian[b * varying]
+        normals = rows[b * varying_rows]
+        w = work[b]
         limit = 0.0
         for i in range(n):
             limit = max(limit, abs(matrix[i, i]))
-        failed = False
         for i in range(n):
+            target = w[i]
             for j in range(i):
-                low[i, j] = (matrix[i, j] - dot(low[i], low[j], j)) / low[j, j]
-            pivot = matrix[i, i] - dot(low[i], low[i], i)
+                target[j] = 0.0
+            for j in range(i, n):
+                target[j] = matrix[i, j]
+            for k in range(m):
+                target[n + k] = normals[k, i]
+            for k in range(n + m, width):
+                target[k] = 1.0 if units[k - n - m] == i else 0.0
+            # Slices that begin at zero: the compiler vectorises only loops whose indices cannot be negative.
+            tail = target[i:]
+            length = width - i
+            p = 0
+            while p + 4 <= i:
+                c0 = w[p, i]
+                c1 = w[p + 1, i]
+                c2 = w[p + 2, i]
+                c3 = w[p + 3, i]
+                r0 = w[p, i:]
+                r1 = w[p + 1, i:]
+                r2 = w[p + 2, i:]
+                r3 = w[p + 3, i:]
+                for j in range(length):
+                    tail[j] -= c0 * r0[j] + c1 * r1[j] + c2 * r2[j] + c3 * r3[j]
+                p += 4
+            while p < i:
+                axpy(-w[p, i], w[p, i:], tail, length)
+                p += 1
+            pivot = target[i]
             if not pivot > _SINGULAR * limit:
                 status[b] = _INVALID if np.isnan(pivot) else _NOT_CONVEX
-                failed = True
                 break
-            low[i, i] = np.sqrt(pivot)
-            for j in range(i + 1, n):
-                low[i, j] = 0.0
-        if failed:
-            low[:] = 0.0
+            inverse = 1.0 / np.sqrt(pivot)
+            for j in range(length):
+                tail[j] *= inverse
+        if status[b] != 0:  # leave harmless numbers behind
             for i in range(n):
-                low[i, i] = 1.0
-        out = half[b]
-        normals = rows[b * shared_rows]
-        for i in range(n):
-            for k in range(m):
-                out[i, k] = normals[k, i]
-            for k in range(m, total):
-                out[i, k] = 1.0 if bounded[k - m] == i else 0.0
-        for i in range(n):
-            target = out[i]
-            j = 0
-            while j + 4 <= i:  # four rows at a time: one pass over the target for four updates
-                l0 = low[i, j]
-                l1 = low[i, j + 1]
-                l2 = low[i, j + 2]
-                l3 = low[i, j + 3]
-                x0 = out[j]
-                x1 = out[j + 1]
-                x2 = out[j + 2]
-                x3 = out[j + 3]
-                for k in range(total):
-                    target[k] -= l0 * x0[k] + l1 * x1[k] + l2 * x2[k] + l3 * x3[k]
-                j += 4
-            while j < i:
-                axpy(-low[i, j], out[j], target, total)
-                j += 1
-            inverse = 1.0 / low[i, i]
-            for k in range(total):
-                target[k] *= inverse
+                for j in range(width):
+                    w[i, j] = 0.0
+                w[i, i] = 1.0
 
 
 @compile_kernel
-def _forward_substitution(start, stop, step, factor, half, rhs, point, values):  # type: ignore[no-untyped-def]
-    """``point = L^-1 rhs`` and ``values = half' point``."""
+def _forward_substitution(start, stop, step, work, rhs, point, values):  # type: ignore[no-untyped-def]
+    """``point = U^-T rhs`` and ``values = X' point``, X the columns of ``work`` behind U."""
     n = rhs.shape[1]
     total = values.shape[1]
     for b in range(start, stop, step):
-        low = factor[b]
         y = point[b]
+        v = values[b]
         for i in range(n):
-            y[i] = (rhs[b, i] - dot(low[i], y, i)) / low[i, i]
+            y[i] = rhs[b, i]
         for k in range(total):
-            values[b, k] = 0.0
+            v[k] = 0.0
         for i in range(n):
-            axpy(y[i], half[b, i], values[b], total)
+            row = work[b, i]
+            y[i] /= row[i]
+            axpy(-y[i], row[i + 1 :], y[i + 1 :], n - i - 1)
+            axpy(y[i], row[n:], v, total)
 
 
 @compile_kernel
-def _back_substitution(start, stop, step, factor, half, point, multipliers, primal):  # type: ignore[no-untyped-def]
-    """``primal = L^-T (point - half multipliers)``."""
+def _back_substitution(start, stop, step, work, point, multipliers, primal):  # type: ignore[no-untyped-def]
+    """``primal = U^-1 (point - X multipliers)``."""
     n = point.shape[1]
     total = multipliers.shape[1]
     for b in range(start, stop, step):
-        low = factor[b]
         x = primal[b]
-        for i in range(n):
-            x[i] = point[b, i] - dot(half[b, i], multipliers[b], total)
         for i in range(n - 1, -1, -1):
-            x[i] /= low[i, i]
-            axpy(-x[i], low[i], x, i)
+            row = work[b, i]
+            t = point[b, i] - dot(row[n:], multipliers[b], total) - dot(row[i + 1 :], x[i + 1 :], n - i - 1)
+            x[i] = t / row[i]
 
 
 class ItemMetric:
@@ -255,23 +257,22 @@ class ItemMetric:
         n, total = hessian.shape[1], rows.shape[1] + len(bounded)
         self.num_equalities = num_equalities
         self.status = np.zeros(batch, dtype=np.int8)
-        self._factor = np.zeros((batch, n, n))
-        # Columns L^-1 N', L^-1 e_bounded, L^-1 e_proximal: one Gram matrix holds what rows and proximal steps need.
-        self._half = np.empty((batch, n, total + len(proximal)))
-        units = np.concatenate([bounded, proximal])
-        arguments: tuple[Any, ...] = (hessian, rows, units, self._factor, self._half, self.status)
-        for_each_item(_factor, batch, n * n * (n / 6.0 + total / 2.0), *arguments)
-        whole = weighted_gram(self._half)
+        # [U | U^-T N' | U^-T e_bounded | U^-T e_proximal]: one Gram matrix of the columns behind U holds what the rows
+        # and the proximal steps need.
+        self._work = np.empty((batch, n, n + total + len(proximal)))
+        arguments: tuple[Any, ...] = (hessian, rows, np.concatenate([bounded, proximal]), self._work, self.status)
+        for_each_item(_eliminate, batch, n * n * (n / 6.0 + total / 2.0), *arguments)
+        whole = gram_of_columns(self._work, n)
         self.gram: FloatArray = np.ascontiguousarray(whole[:, :total, :total])
         self.proximal_rows: FloatArray = np.ascontiguousarray(whole[:, :total, total:])
         self.proximal_block: FloatArray = np.ascontiguousarray(whole[:, total:, total:])
 
     def free(self, rhs_primal: FloatArray, rhs_equalities: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Return ``L^-1 a`` (B, n) and the row values (B, M); the equalities are ordinary rows here."""
+        """Return ``U^-T a`` (B, n) and the row values (B, M); the equalities are ordinary rows here."""
         (batch, n), total = rhs_primal.shape, self.gram.shape[1]
         point = np.empty((batch, n))
         values = np.empty((batch, total))
-        arguments = (self._factor, self._half, rhs_primal, point, values)
+        arguments = (self._work, rhs_primal, point, values)
         for_each_item(_forward_substitution, batch, float(n * (n / 2 + total)), *arguments)
         return point, values
 
@@ -281,7 +282,7 @@ class ItemMetric:
         """Return x (B, n) and no equality multipliers: they are among ``multipliers``."""
         (batch, n), total = point.shape, self.gram.shape[1]
         primal = np.empty((batch, n))
-        arguments = (self._factor, self._half, point, multipliers, primal)
+        arguments = (self._work, point, multipliers, primal)
         for_each_item(_back_substitution, batch, float(n * (n / 2 + total)), *arguments)
         return primal, np.zeros((batch, 0))
 
