@@ -44,14 +44,34 @@ def _bilinear(start, stop, step, targets, rows, columns, factors, a, b, c, d, to
             row_out[targets[k]] += factors[k] * (a[item, i] * b[item, j] + c[item, i] * d[item, j])
 
 
+@compile_kernel
+def _outer(start, stop, step, rows, columns, factor, a, b, c, d, total, out):  # type: ignore[no-untyped-def]
+    """The same where the parameter is a whole block of the matrix, row by row, with one factor."""
+    n = columns.shape[0]
+    for item in range(start, stop, step):
+        block = out[start] if total else out[item]
+        left = b[item]
+        right = d[item]
+        for i in range(rows.shape[0]):
+            s = factor * a[item, rows[i]]
+            t = factor * c[item, rows[i]]
+            line = block[i * n : (i + 1) * n]
+            for j in range(n):
+                line[j] += s * left[columns[j]] + t * right[columns[j]]
+
+
 @dataclass(frozen=True)
 class _Bilinear:
-    """Entries of a matrix that depend on one parameter: where they are and what multiplies them."""
+    """Entries of a matrix that depend on one parameter: where they are and what multiplies them.
+
+    ``block`` has the rows and columns when the parameter is a whole block of the matrix, row by row, with one factor.
+    """
 
     targets: IndexArray
     rows: IndexArray
     columns: IndexArray
     factors: FloatArray
+    block: tuple[IndexArray, IndexArray] | None
 
     @classmethod
     def build(cls, entries: MatrixEntries, parameter: int) -> _Bilinear | None:
@@ -62,7 +82,33 @@ class _Bilinear:
         # In the order of the parameter, so that results are written one after the other.
         order = np.argsort(block.indices, kind="stable")
         entry = entry[order]
-        return cls(block.indices[order], entries.rows[entry], entries.columns[entry], block.data[order])
+        rows, columns = entries.rows[entry], entries.columns[entry]
+        whole = _whole_block(rows, columns)
+        if not np.array_equal(block.indices[order], np.arange(block.shape[1])) or np.ptp(block.data) != 0.0:
+            whole = None
+        return cls(block.indices[order], rows, columns, block.data[order], whole)
+
+    def add_to(
+        self, sign: float, a: FloatArray, b: FloatArray, c: FloatArray, d: FloatArray, summed: bool, out: FloatArray
+    ) -> None:
+        """Add ``sign factor (a_row b_column + c_row d_column)`` to the entries of the parameter."""
+        work = 4.0 * len(self.targets)
+        if self.block is not None:
+            factor = sign * float(self.factors[0])
+            for_each_item(_outer, a.shape[0], work, *self.block, factor, a, b, c, d, summed, out)
+        else:
+            lists = (self.targets, self.rows, self.columns, sign * self.factors)
+            for_each_item(_bilinear, a.shape[0], work, *lists, a, b, c, d, summed, out)
+
+
+def _whole_block(rows: IndexArray, columns: IndexArray) -> tuple[IndexArray, IndexArray] | None:
+    """Return the rows and columns of a block listed row by row, or None."""
+    width = int(np.argmax(rows != rows[0])) or len(rows)
+    first, across = rows[::width].copy(), columns[:width].copy()
+    if len(rows) != len(first) * width:
+        return None
+    same = np.array_equal(rows, np.repeat(first, width)) and np.array_equal(columns, np.tile(across, len(first)))
+    return (first, across) if same else None
 
 
 class _ParameterGradient:
@@ -98,9 +144,7 @@ class _ParameterGradient:
             for part, sign, left in ((self._matrix, -1.0, multipliers), (self._quadratic, -0.5, primal)):
                 if part is not None:
                     right = w if part is self._matrix else u
-                    lists = (part.targets, part.rows, part.columns, sign * part.factors)
-                    arguments: tuple[Any, ...] = (*lists, left, u, right, primal, summed, out)
-                    for_each_item(_bilinear, batch, 4.0 * len(part.targets), *arguments)
+                    part.add_to(sign, left, u, right, primal, summed, out)
         return out.sum(axis=0) if summed else out
 
     def _add_linear(self, u: FloatArray, w: FloatArray, out: FloatArray) -> None:
@@ -276,6 +320,9 @@ class SolveFunction(torch.autograd.Function):
         call.solution = solution
         if call.options.keep_face:
             ctx.layer, ctx.solution, ctx.batched = layer, solution, batched
+            # The solution may refer to the parameters' memory; autograd then refuses a backward pass after they were
+            # changed in place.
+            ctx.save_for_backward(*parameters)
             ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
         device = parameters[0].device if parameters else torch.device("cpu")
         return tuple(torch.from_numpy(array).to(device=device, dtype=dtype) for array in layer.select(solution))
@@ -284,6 +331,7 @@ class SolveFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Apply the rule at the top of this module."""
+        _ = ctx.saved_tensors  # raises if a parameter was changed in place since the forward pass
         arrays = [None if g is None else g.to(device="cpu", dtype=torch.float64).numpy() for g in cotangents]
         summed = [not batched for batched in ctx.batched]
         found = ctx.layer.pullback(ctx.solution, arrays, ctx.needs_input_grad[4:], summed)

@@ -112,12 +112,19 @@ class AffineMap:
         self.size = int(csc.shape[0])
         self.parameter_sizes = tuple(int(size) for size in parameter_sizes)
         self.offset: FloatArray = csc[:, [total]].toarray().ravel()
+        #: The parameter whose values these are, unchanged and in order, or None.
+        self.identity: int | None = None
         edges = np.concatenate([[0], np.cumsum(self.parameter_sizes)]).astype(int)
         self.blocks: dict[int, SparseOperator] = {}
         for index, (begin, end) in enumerate(pairwise(edges)):
             block = csc[:, begin:end]
             if block.nnz:
                 self.blocks[index] = SparseOperator.build(block)
+        if len(self.blocks) == 1 and not self.offset.any():
+            ((index, block),) = self.blocks.items()
+            same = block.shape == (self.size, self.size) and len(block.data) == self.size and np.all(block.data == 1.0)
+            if same and np.array_equal(block.indices, np.arange(self.size)):
+                self.identity = index
 
     @property
     def constant(self) -> bool:
@@ -148,8 +155,12 @@ class AffineMap:
             batch: number of rows of the result; by default 1 unless a batched parameter enters.
 
         Returns:
-            (batch, k) contiguous.
+            (batch, k) contiguous; the parameter's own array, not a copy, where the map is the identity.
         """
+        if self.identity is not None and parameters[self.identity].shape[0] == (
+            batch or parameters[self.identity].shape[0]
+        ):
+            return parameters[self.identity]
         rows = batch or max((parameters[index].shape[0] for index in self.blocks), default=1)
         shared = self.offset[None].copy()
         for index, block in self.blocks.items():

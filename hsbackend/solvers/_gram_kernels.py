@@ -373,9 +373,12 @@ def normalise(start, stop, step, gram, scale):  # type: ignore[no-untyped-def]
     for b in range(start, stop, step):
         for i in range(m):
             scale[b, i] = 1.0 / np.sqrt(gram[b, i, i]) if gram[b, i, i] > 0.0 else 0.0
+        s = scale[b]
         for i in range(m):
+            row = gram[b, i]
+            own = s[i]
             for j in range(m):
-                gram[b, i, j] *= scale[b, i] * scale[b, j]
+                row[j] *= own * s[j]
 
 
 @compile_kernel
