@@ -170,8 +170,7 @@ class Plan:
         """
         batch = max((values.shape[0] for values in parameters), default=1)
         program = self.program
-        rhs_primal = program.linear.evaluate(parameters, batch)
-        np.negative(rhs_primal, out=rhs_primal)
+        rhs_primal = -program.linear.evaluate(parameters, batch)
         rhs_rows = program.rhs.evaluate(parameters, batch)
         definitions = curvature = None
         if self._varying is not None:
