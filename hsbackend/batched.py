@@ -127,7 +127,8 @@ def weighted_gram(
 ) -> FloatArray:
     """Return ``M' diag(w) M + base`` for matrices (1 or B, k, n), weights (1 or B, k), base (1 or B, n, n).
 
-    Without ``weights`` they are one, without ``base`` it is zero.
+    Without ``weights`` they are one, without ``base`` it is zero. The result has a leading dimension of 1 when no input
+    differs between items, and may have it when equal weights make no difference.
     """
     count, k, n = matrices.shape
     if count * k * n * n / 2 >= _LIBRARY_WORK:
