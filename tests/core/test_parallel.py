@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,24 +67,41 @@ def test_many_callers_at_once() -> None:
         np.testing.assert_array_equal(value, wanted)
 
 
-def _in_child(queue) -> None:
+FORK = """
+import multiprocessing
+import numpy as np
+from test_parallel import problem
+from hsbackend.solvers.result import Options
+
+def solve(queue=None):
     plan, data = problem(40)
-    queue.put(plan.solve(data, Options()).primal)
+    found = plan.solve(data, Options()).primal
+    if queue is not None:
+        queue.put(found)
+    return found
+
+wanted = solve()
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+child = context.Process(target=solve, args=(queue,))
+child.start()
+found = queue.get(timeout=120)
+child.join(timeout=60)
+assert child.exitcode == 0
+assert np.array_equal(found, wanted)
+print("the child agrees")
+"""
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_builds_its_own_pool() -> None:
-    """A DataLoader worker is a fork of a process whose pool has run."""
-    plan, data = problem(40)
-    wanted = plan.solve(data, Options()).primal
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue,))
-    child.start()
-    found = queue.get(timeout=120)
-    child.join(timeout=60)
-    assert child.exitcode == 0
-    np.testing.assert_array_equal(found, wanted)
+    """A DataLoader worker is a fork of a process whose pool has run. In a process of its own: JAX objects to forks."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "the child agrees"
 
 
 def test_a_slow_first_call_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
