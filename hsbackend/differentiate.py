@@ -264,6 +264,8 @@ class Layer:
         else:
             adjoint = self.plan.adjoint(solution, grad_primal, grad_multipliers)
             u, w = adjoint.primal, adjoint.rows
+            u[failed] = 0.0  # NaN data of a failed item must not reach the sum of a shared parameter
+            w[failed] = 0.0
         found: list[FloatArray | None] = []
         for gradient, need, shared in zip(self._gradients, wanted, summed, strict=True):
             if not need:

@@ -54,7 +54,7 @@ class GramFace:
         num_equalities: equality rows of the program; the metric may have eliminated them.
         num_rows: general rows of the program, equalities included.
         proximal: variables without curvature.
-        proximal_weight: the weight their proximal steps use.
+        proximal_weight: (1 or B,) the weight their proximal steps use.
     """
 
     metric: Metric
@@ -67,7 +67,7 @@ class GramFace:
     num_equalities: int
     num_rows: int
     proximal: IndexArray
-    proximal_weight: float
+    proximal_weight: FloatArray
 
     def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
         """Solve the KKT system of the module docstring.
@@ -84,15 +84,16 @@ class GramFace:
         if len(self.proximal):
             # (H + delta I) is what was factored: u <- solve(g + delta u) contracts by delta / (lambda + delta),
             # lambda the least curvature on the face (proximal point iteration on a fixed face).
-            weight = self.proximal_weight
+            weight = self.proximal_weight[:, None]
             previous = np.inf
             for _ in range(100):
                 before = solution.primal[:, self.proximal]
                 shifted = rhs_primal.copy()
                 shifted[:, self.proximal] += weight * before
                 solution = self._solve(shifted, rhs_equalities, target)
-                change = np.abs(solution.primal[:, self.proximal] - before).max(initial=0.0)
-                small = change <= 1e-14 * (1.0 + np.abs(before).max(initial=0.0))
+                difference = np.abs(solution.primal[:, self.proximal] - before)
+                change = float(np.where(np.isfinite(difference), difference, 0.0).max(initial=0.0))
+                small = change <= 1e-14 * (1.0 + np.where(np.isfinite(before), np.abs(before), 0.0).max(initial=0.0))
                 if small or not change < 0.5 * previous:  # converged, or down to rounding
                     break
                 previous = change

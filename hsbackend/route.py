@@ -18,7 +18,7 @@ from hsbackend.reduce import Bounds, Elimination, VaryingElimination
 SolverName = Literal["semismooth_newton", "active_set", "reference", "diffcp"]
 
 #: The dense solvers hold (n + rows)^2 numbers; above this the problem belongs to a sparse solver.
-_DENSE_LIMIT = 8000
+DENSE_LIMIT = 8000
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def choose(
     if newton_possible and requested != "active_set" and (density <= _newton_density(n) or requested is not None):
         reason = f"diagonal Hessian, {_plural(len(bounds.variables), 'bounded variable')}, sparse rows"
         return Route("semismooth_newton", reason, tuple(notes))
-    if n + total > _DENSE_LIMIT:
+    if n + total > DENSE_LIMIT:
         return Route(
             "diffcp", f"{n} variables and {total} rows are too many for the dense active-set solver", tuple(notes)
         )

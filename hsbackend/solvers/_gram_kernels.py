@@ -391,6 +391,7 @@ def solve_items(
     m = base.shape[1]
     ns = prox_origin.shape[1]
     varying = 0 if gram.shape[0] == 1 else 1
+    varying_weight = 0 if prox_weight.shape[0] == 1 else 1
     inverse = np.empty((m, m))
     r = np.empty(m)
     scratch = np.empty(m)
@@ -411,6 +412,7 @@ def solve_items(
             continue
         matrix = gram[b * varying]
         s = scale[b * varying]
+        weight = prox_weight[b * varying_weight]
         bad = False
         for i in range(m):
             # A row without extent is a condition on the data alone: keep it in its own units.
@@ -446,7 +448,7 @@ def solve_items(
                 shifted[i] = d[i]
                 if ns > 0:
                     unit = s[i] if s[i] > 0.0 else 1.0
-                    shifted[i] += prox_weight * unit * dot(prox_rows[b * varying, i], prox_point[b], ns)
+                    shifted[i] += weight * unit * dot(prox_rows[b * varying, i], prox_point[b], ns)
             outcome, k, taken = active_set(
                 matrix, shifted, low, high, n_eq, k, max_steps, tolerance, work, where, lam, values, inverse, r, scratch
             )
@@ -456,7 +458,7 @@ def solve_items(
             change = 0.0
             largest = 0.0
             for i in range(ns):
-                new_point[i] = prox_origin[b, i] + prox_weight * dot(prox_block[b * varying, i], prox_point[b], ns)
+                new_point[i] = prox_origin[b, i] + weight * dot(prox_block[b * varying, i], prox_point[b], ns)
             for j in range(k):
                 w = work[j]
                 axpy(-lam[w] * s[w], prox_rows[b * varying, w], new_point, ns)

@@ -41,6 +41,12 @@ def gather(stores: list[FloatArray], offset: IndexArray) -> FloatArray:
     return np.concatenate(stores)
 
 
+def _proximal_weight(hessian: FloatArray) -> FloatArray:
+    """Return the proximal weight of each Hessian, (1 or B,); an item never sees the numbers of another."""
+    largest = np.abs(np.einsum("bii->bi", hessian)).max(axis=1, initial=0.0)
+    return np.where(np.isfinite(largest) & (largest > 0.0), PROXIMAL_WEIGHT * largest, PROXIMAL_WEIGHT)
+
+
 class GramSetup:
     """What the active-set solver keeps between calls for constant ``H`` and ``N``: one metric, one scaled Gram matrix.
 
@@ -57,10 +63,10 @@ class GramSetup:
         """Factor once."""
         n = hessian.shape[-1]
         dense = np.diag(hessian[0]) if hessian.ndim == 2 else hessian[0]
-        self.weight = PROXIMAL_WEIGHT * float(np.abs(np.diag(dense)).max(initial=0.0))
+        self.weight = _proximal_weight(dense[None])
         if len(proximal):
             dense = dense.copy()
-            dense[proximal, proximal] += self.weight
+            dense[proximal, proximal] += self.weight[0]
         units = np.zeros((len(bounded), n))
         units[np.arange(len(bounded)), bounded] = 1.0
         inequalities = np.concatenate([rows[0, num_equalities:], units])
@@ -88,7 +94,6 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     m, n_eq = values.rows.shape[1], values.num_equalities
     shared = values.hessian.shape[0] == 1 and values.rows.shape[0] == 1
     status = np.zeros(batch, dtype=np.int8)
-    weight = 0.0
     metric: Metric
     if shared:
         if setup is None:
@@ -104,10 +109,10 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
         if values.diagonal:
             dense = np.zeros((dense.shape[0], n, n))
             dense[:, np.arange(n), np.arange(n)] = values.hessian
+        weight = _proximal_weight(dense)
         if len(values.proximal):
-            weight = PROXIMAL_WEIGHT * float(np.nan_to_num(np.abs(np.einsum("bii->bi", dense)).max(initial=0.0)))
             dense = dense.copy()
-            dense[:, values.proximal, values.proximal] += weight
+            dense[:, values.proximal, values.proximal] += weight[:, None]
         metric = ItemMetric(np.ascontiguousarray(dense), values.rows, values.bounded, values.proximal, batch, n_eq)
         status = metric.status
         gram = metric.gram
@@ -152,7 +157,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     rhs_primal = values.rhs_primal
     if ns:
         rhs_primal = rhs_primal.copy()
-        rhs_primal[:, values.proximal] += weight * prox_point
+        rhs_primal[:, values.proximal] += weight[:, None] * prox_point
         point, _ = metric.free(rhs_primal, rhs_equalities)
     primal, equalities = metric.finish(point, multipliers, rhs_primal, rhs_equalities)
     rows = np.concatenate([equalities, multipliers[:, :left]], axis=1)

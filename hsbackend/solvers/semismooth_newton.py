@@ -16,6 +16,7 @@ import scipy.sparse as sp
 from hsbackend._parallel import for_each_item
 from hsbackend.face import BoxFace, Face, MixedFace
 from hsbackend.program import FloatArray, IndexArray, QPValues
+from hsbackend.route import DENSE_LIMIT
 from hsbackend.solvers import active_set
 from hsbackend.solvers._newton_kernels import newton_items
 from hsbackend.solvers.active_set import gather
@@ -118,9 +119,10 @@ def solve(
         )  # fmt: skip
     result = Result(primal, multipliers, bound_multipliers, status, steps, face)
     unfinished = np.flatnonzero(status == Status.NOT_CONVERGED).astype(np.int64)
-    if not len(unfinished):
+    if not len(unfinished) or n + m + len(values.bounded) > DENSE_LIMIT:
         return result
-    rest = active_set.solve(values.take(unfinished), options, gram_setup())
+    left = values.take(unfinished)
+    rest = active_set.verify(left, options, active_set.solve(left, options, gram_setup()))
     result.primal[unfinished] = rest.primal
     result.rows[unfinished] = rest.rows
     result.bounds[unfinished] = rest.bounds

@@ -417,3 +417,19 @@ def test_a_variable_the_host_cannot_recover_is_refused_with_advice():
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [x >= 0])
     with pytest.raises(hsbackend.UnsupportedProblemError, match="attribute diag or sparsity"):
         make_layer("ours", problem, [y], [x])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_bad_matrix_of_one_item_leaves_the_epigraph_route_of_the_others_alone(bad):
+    """The proximal weight belongs to an item: one item's NaN or huge Hessian must not change its neighbours."""
+    x, factor, point = cp.Variable(3), cp.Parameter((3, 3)), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(factor @ x - point)), [cp.norm1(x) <= 1.0])
+    layer = make_layer("ours", problem, [factor, point], [x], on_failure="nan")
+    factors = torch.eye(3, dtype=torch.float64).repeat(3, 1, 1) + 0.1
+    points = torch.tensor([[2.0, 0.1, 0.3], [1.0, 1.0, 1.0], [0.3, -0.1, 0.2]], dtype=torch.float64)
+    (wanted,) = layer(factors, points)
+    spoiled = factors.clone()
+    spoiled[1, 0, 0] = bad
+    (found,) = layer(spoiled, points)
+    assert_close(found[[0, 2]], wanted[[0, 2]], 1e-12, 1.0)
+    assert np.isfinite(bad) or found[1].isnan().all()

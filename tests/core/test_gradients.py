@@ -162,3 +162,28 @@ def test_only_what_the_face_needs_is_kept() -> None:
     assert solution.face is None
     with pytest.raises(ValueError, match="keep_face=False"):
         plan.adjoint(solution, np.zeros(case.primal.shape), None)
+
+
+@pytest.mark.parametrize("solver", [None, "active_set"])
+def test_nan_data_of_one_item_stay_out_of_a_shared_gradient(solver: str | None) -> None:
+    """A is shared and learnable, one item of q is NaN: its cotangent is zero, the sum over the others is right."""
+    case = random_case(7, batch=4, per_item=False, strict=True)
+    _, n, m = case.shape
+    layer = Layer(Plan(case.program(ALL), solver), [Output("primal", np.arange(n), (n,))])  # type: ignore[arg-type]
+    linear = case.linear.copy()
+    linear[2, 0] = np.nan
+
+    def gradients(q: np.ndarray, rhs: np.ndarray, keep: list[int]) -> list[torch.Tensor]:
+        data = [torch.tensor(v, requires_grad=True) for v in (case.hessian[0], q, case.rows[0], rhs)]
+        call = Call(Options(), "nan")
+        (x,) = SolveFunction.apply(layer, call, (False, True, False, True), torch.float64, *data)
+        return list(torch.autograd.grad(x[keep].square().sum(), data))
+
+    found = gradients(linear, case.rhs, [0, 1, 3])
+    good = [0, 1, 3]
+    wanted = gradients(case.linear[good], case.rhs[good], [0, 1, 2])
+    for one, other, index in zip(found, wanted, range(4), strict=True):
+        torch.testing.assert_close(one if index in (0, 2) else one[good], other, rtol=1e-10, atol=1e-12)
+    assert (found[1][2] == 0).all()
+    assert (found[3][2] == 0).all()
+    assert m == case.rhs.shape[1]
