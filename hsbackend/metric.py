@@ -52,6 +52,7 @@ class SharedMetric:
         proximal_block: (1, ns, ns) ``Z`` on the proximal variables.
         inconsistency: (me, me) projector whose product with h must vanish for the equalities to hold.
         num_equalities: equality rows left in the Gram matrix: none.
+        rank: rank of the Gram matrix at most, the dimension of null(E).
     """
 
     num_equalities = 0
@@ -74,6 +75,7 @@ class SharedMetric:
             null = np.eye(n)
             pseudo = np.zeros((n, 0))
             self.inconsistency = np.zeros((0, 0))
+        self.rank = int(null.shape[1])
         inner = null.T @ hessian @ null
         inner = 0.5 * (inner + inner.T)
         self.convex = True
@@ -240,6 +242,7 @@ class ItemMetric:
     Attributes:
         status: (B,) INVALID_INPUT or NOT_STRICTLY_CONVEX where the Hessian has no Cholesky factor.
         gram: (B, m + nb, m + nb).
+        rank: rank of each Gram matrix at most, n.
         proximal_rows: (B, m + nb, ns) ``N H^-1`` on the proximal variables.
         proximal_block: (B, ns, ns) ``H^-1`` on the proximal variables.
     """
@@ -257,6 +260,7 @@ class ItemMetric:
         n, total = hessian.shape[1], rows.shape[1] + len(bounded)
         self.num_equalities = num_equalities
         self.status = np.zeros(batch, dtype=np.int8)
+        self.rank = int(n)
         # [U | U^-T N' | U^-T e_bounded | U^-T e_proximal]: one Gram matrix of the columns behind U holds what the rows
         # and the proximal steps need.
         self._work = np.empty((batch, n, n + total + len(proximal)))

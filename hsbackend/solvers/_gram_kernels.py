@@ -29,6 +29,8 @@ _UNBOUNDED = int(Status.UNBOUNDED)
 #: A row whose part outside the working set has a squared sine below this is dependent on the working set.
 #: 1e-11 leaves a factor 1e5 above rounding of a unit diagonal; measured on the fuzz generator of the tests.
 _DEPENDENT = 1e-11
+#: Working-set changes after which the inverse is built anew.
+_REFRESH = 100
 #: Below this the squared sine is computed again with a refined projection.
 _CLOSE = 1e-4
 #: A weakly active row joins the face only above this: the derivative would amplify rounding by its inverse.
@@ -63,8 +65,8 @@ def unborder(inverse, k, working, j):
 
 
 @inline_kernel
-def outside_part(gram, inverse, working, k, p, r, scratch):
-    """Set ``r = inverse @ D_Wp`` and return the Schur complement ``D_pp - D_pW r``."""
+def outside_part(gram, inverse, working, k, rank, p, r, scratch):
+    """Set ``r = inverse @ D_Wp`` and return the Schur complement ``D_pp - D_pW r``, zero once W has full rank."""
     for i in range(k):
         r[i] = 0.0
     row = gram[p]
@@ -86,7 +88,7 @@ def outside_part(gram, inverse, working, k, p, r, scratch):
         pivot = row[p]
         for i in range(k):
             pivot -= row[working[i]] * r[i]
-    return pivot
+    return pivot if k < rank else 0.0
 
 
 @inline_kernel
@@ -115,12 +117,12 @@ def _recompute(gram, base, lower, upper, m, working, k, lam, values, side, inver
 
 
 @inline_kernel
-def _rebuild(gram, working, k, inverse, side, lam, r, scratch):
+def _rebuild(gram, working, k, rank, inverse, side, lam, r, scratch):
     """Recompute the inverse from the Gram matrix; rows that turn out dependent leave. Return the new count."""
     kept = 0
     for i in range(k):
         p = working[i]
-        pivot = outside_part(gram, inverse, working, kept, p, r, scratch)
+        pivot = outside_part(gram, inverse, working, kept, rank, p, r, scratch)
         if pivot > _DEPENDENT:
             border(inverse, kept, r, pivot)
             working[kept] = p
@@ -157,7 +159,7 @@ def _drop_wrong_signs(base, lower, upper, n_eq, working, k, lam, side, inverse, 
 
 @inline_kernel
 def active_set(
-    gram, base, lower, upper, n_eq, k, max_steps, tolerance, working, side, lam, values, inverse, r, scratch
+    gram, base, lower, upper, n_eq, k, rank, max_steps, tolerance, working, side, lam, values, inverse, r, scratch
 ):
     """Solve one item; on entry ``working[:k]`` with its ``inverse`` is a guess, on exit the optimal working set.
 
@@ -168,6 +170,7 @@ def active_set(
         upper: (m,) upper limits, may be inf. The first ``n_eq`` rows are equalities (lower == upper).
         n_eq: number of equality rows.
         k: size of the guess.
+        rank: rank of the rows at most; a working set of this size has no independent row outside.
         max_steps: bound on the number of working set changes.
         tolerance: violations up to ``tolerance * (1 + |limit|)`` plus rounding are accepted.
         working: (m,) int, out: the working set in the order of ``inverse``.
@@ -197,7 +200,7 @@ def active_set(
         if side[p] != 0:
             continue
         gap = values[p] - upper[p]
-        pivot = outside_part(gram, inverse, working, k, p, r, scratch)
+        pivot = outside_part(gram, inverse, working, k, rank, p, r, scratch)
         if pivot <= _DEPENDENT:
             if abs(gap) > _CONSISTENT * (1.0 + abs(upper[p])) + 100.0 * rounding:
                 return _conflict(lam, m, working, k, p, r, 1.0), k, steps
@@ -217,7 +220,17 @@ def active_set(
         _recompute(gram, base, lower, upper, m, working, k, lam, values, side, inverse, r)
 
     checks = 0
+    fresh = steps
     while steps < max_steps:
+        if steps - fresh >= _REFRESH:
+            # A long walk of bordering and removing rows wears the inverse out: build it anew.
+            fresh = steps
+            k = _rebuild(gram, working, k, rank, inverse, side, lam, r, scratch)
+            k = _drop_wrong_signs(base, lower, upper, n_eq, working, k, lam, side, inverse, gram, r)
+            for i in range(m):
+                values[i] = base[i]
+            for i in range(k):
+                axpy(-lam[working[i]], gram[working[i]], values, m)
         # Most violated row.
         p = -1
         worst = 0.0
@@ -234,8 +247,10 @@ def active_set(
         if p < 0:
             # Optimal up to rounding: refine, and look again with clean numbers.
             residual = _recompute(gram, base, lower, upper, m, working, k, lam, values, side, inverse, r)
+            if not np.isfinite(residual):
+                return _NOT_CONVERGED, k, steps
             if residual > 10.0 * tolerance * (1.0 + largest) and checks < 3:
-                k = _rebuild(gram, working, k, inverse, side, lam, r, scratch)
+                k = _rebuild(gram, working, k, rank, inverse, side, lam, r, scratch)
                 residual = _recompute(gram, base, lower, upper, m, working, k, lam, values, side, inverse, r)
             checks += 1
             again = False
@@ -270,7 +285,7 @@ def active_set(
         target = upper[p] if sign > 0.0 else lower[p]
         while True:
             steps += 1
-            pivot = outside_part(gram, inverse, working, k, p, r, scratch)
+            pivot = outside_part(gram, inverse, working, k, rank, p, r, scratch)
             # Longest step that keeps the multipliers of the inequalities on their side.
             blocking = -1
             longest = np.inf
@@ -330,7 +345,7 @@ def _conflict(lam, m, working, k, p, r, sign):
 
 @inline_kernel
 def choose_face(
-    gram, lower, upper, n_eq, k, support, active_tolerance, working, side, lam, values, inverse, r, scratch
+    gram, lower, upper, n_eq, k, rank, support, active_tolerance, working, side, lam, values, inverse, r, scratch
 ):
     """Turn the final working set into the index set K of the HS-Jacobian; return its size.
 
@@ -357,7 +372,7 @@ def choose_face(
             at_upper = upper[p] < np.inf and upper[p] - values[p] <= active_tolerance * (1.0 + abs(upper[p]))
             at_lower = lower[p] > -np.inf and values[p] - lower[p] <= active_tolerance * (1.0 + abs(lower[p]))
             if at_upper or at_lower:
-                pivot = outside_part(gram, inverse, working, k, p, r, scratch)
+                pivot = outside_part(gram, inverse, working, k, rank, p, r, scratch)
                 if pivot > _WEAKLY_DEPENDENT:
                     border(inverse, k, r, pivot)
                     working[k] = p
@@ -383,8 +398,8 @@ def normalise(start, stop, step, gram, scale):  # type: ignore[no-untyped-def]
 
 @compile_kernel
 def solve_items(
-    start, stop, step, gram, scale, base, lower, upper, n_eq, tolerance, max_steps, support, active_tolerance, keep,
-    prox_weight, prox_rows, prox_block, prox_origin, prox_point, warm, warm_side,
+    start, stop, step, gram, scale, base, lower, upper, n_eq, rank, tolerance, max_steps, support, active_tolerance,
+    keep, prox_weight, prox_rows, prox_block, prox_origin, prox_point, warm, warm_side,
     status, multipliers, steps, working, side, count, offset,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Solve items; return the flat storage of the inverses of this worker's items."""
@@ -432,7 +447,7 @@ def solve_items(
             for p in range(m):
                 usable = (warm_side[b, p] > 0 and high[p] < np.inf) or (warm_side[b, p] < 0 and low[p] > -np.inf)
                 if usable or p < n_eq:
-                    pivot = outside_part(matrix, inverse, work, k, p, r, scratch)
+                    pivot = outside_part(matrix, inverse, work, k, rank, p, r, scratch)
                     if pivot > _DEPENDENT:
                         border(inverse, k, r, pivot)
                         work[k] = p
@@ -450,7 +465,22 @@ def solve_items(
                     unit = s[i] if s[i] > 0.0 else 1.0
                     shifted[i] += weight * unit * dot(prox_rows[b * varying, i], prox_point[b], ns)
             outcome, k, taken = active_set(
-                matrix, shifted, low, high, n_eq, k, max_steps, tolerance, work, where, lam, values, inverse, r, scratch
+                matrix,
+                shifted,
+                low,
+                high,
+                n_eq,
+                k,
+                rank,
+                max_steps,
+                tolerance,
+                work,
+                where,
+                lam,
+                values,
+                inverse,
+                r,
+                scratch,
             )
             total += taken
             if ns == 0 or outcome != _SOLVED:
@@ -486,7 +516,21 @@ def solve_items(
             multipliers[b, work[i]] = lam[work[i]] * s[work[i]]
         if keep:
             k = choose_face(
-                matrix, low, high, n_eq, k, support, active_tolerance, work, where, lam, values, inverse, r, scratch
+                matrix,
+                low,
+                high,
+                n_eq,
+                k,
+                rank,
+                support,
+                active_tolerance,
+                work,
+                where,
+                lam,
+                values,
+                inverse,
+                r,
+                scratch,
             )
             if used + k * k > store.shape[0]:
                 larger = np.empty(2 * store.shape[0] + k * k)

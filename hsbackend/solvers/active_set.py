@@ -147,7 +147,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     if warm_side.shape != side.shape:
         raise ValueError(f"warm start has shape {warm_side.shape}, expected {side.shape}: same structure and batch")
     arguments: tuple[Any, ...] = (
-        gram, scale, base, lower, upper, equal, options.inner_tolerance, 50 + 10 * (total + n),
+        gram, scale, base, lower, upper, equal, metric.rank, options.inner_tolerance, 50 + 10 * (total + n),
         options.jacobian == "support", options.active_tolerance, options.keep_face, weight,
         metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
         status, multipliers, steps, working, side, count, offset,

@@ -69,6 +69,20 @@ def test_every_solver(solver: str) -> None:
         check(case, plan.solve(case.parameters(), Options()), seed)
 
 
+@pytest.mark.parametrize(
+    ("seed", "infeasible"),
+    [
+        (218, False),  # a dependent row with a computed pivot of 3e-11: wrong sign of a multiplier
+        (1_012_600, True),  # a full working set: a thirteenth row in twelve dimensions looked independent
+    ],
+)
+def test_seeds_that_were_wrong_once(seed: int, infeasible: bool) -> None:
+    """Programs that found a fault, kept."""
+    case = random_case(seed, infeasible=infeasible)
+    free = frozenset("QqAb") if len(case.hessian) > 1 else frozenset("qb")
+    check(case, Plan(case.program(free)).solve(case.parameters(free), Options()), seed)
+
+
 def test_single_items_equal_the_batch() -> None:
     """Item i of a batch is the same as item i alone: no item leaks into another."""
     for seed in range(60_000, 60_060):
