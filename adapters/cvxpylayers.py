@@ -97,7 +97,7 @@ class _HostState:
         program = _canonical.build_program(canonical, self.values.maps, self.values.sizes, returned, names, duals)
         self.layer: Layer | None = None
         self.conic: ConicProgram | None = None
-        self.num_variables, self.num_rows = canonical.num_variables, canonical.num_rows
+        self.num_rows = canonical.num_rows
         if isinstance(program, str):
             self.route = Route("diffcp", program)
         else:
@@ -218,7 +218,7 @@ class HSBackend(SolverInterface):
         if state.layer is None:
             assert state.conic is not None
             primal, dual, status, saved = state.conic.solve(p, q, a, rest)
-            self._finish(status, {}, settings.on_failure, ())
+            self._finish(status, {}, settings.on_failure)
             return primal, dual, saved
         _warn_ignored(rest)
         moving = state.values.moving
@@ -231,15 +231,13 @@ class HSBackend(SolverInterface):
         if all(array.shape[0] != batch for array in parameters) and batch != 1:  # nothing varies: solve once per item
             parameters[1] = np.zeros((batch, 0))
         solution = state.layer.plan.solve(parameters, call_options)
-        names = state.layer.plan.program.row_names
-        conflicts = {item: [names[row] for row in rows] for item, rows in solution.conflicts.items()}
-        self._finish(solution.status, conflicts, settings.on_failure, names)
+        self._finish(solution.status, state.layer.conflicts(solution), settings.on_failure)
         found = state.layer.select(solution)
         primal = found[0]
         dual = found[1] if len(found) > 1 else np.zeros((batch, state.num_rows))
         return primal, dual, solution
 
-    def _finish(self, status: Any, conflicts: Mapping[int, Sequence[str]], on_failure: str, names: Any) -> None:
+    def _finish(self, status: Any, conflicts: Mapping[int, Sequence[str]], on_failure: str) -> None:
         self.status = torch.from_numpy(np.array(status))
         if on_failure == "raise" and np.any(status != Status.SOLVED):
             raise SolveError(failure_message(status, conflicts), status)

@@ -199,10 +199,13 @@ class Layer:
         """Solve and raise for failing items unless ``on_failure`` is ``"nan"``."""
         solution = self.plan.solve(parameters, options, warm)
         if on_failure == "raise" and np.any(solution.status != Status.SOLVED):
-            names = self.plan.program.row_names
-            conflicts = {item: [names[row] for row in rows] for item, rows in solution.conflicts.items()}
-            raise SolveError(failure_message(solution.status, conflicts), solution.status)
+            raise SolveError(failure_message(solution.status, self.conflicts(solution)), solution.status)
         return solution
+
+    def conflicts(self, solution: Solution) -> dict[int, list[str]]:
+        """Return the names of the rows that cannot hold together, for each infeasible item."""
+        names = self.plan.program.row_names
+        return {item: [names[row] for row in rows] for item, rows in solution.conflicts.items()}
 
     def select(self, solution: Solution) -> list[FloatArray]:
         """Return the outputs of a solution, each (B, *shape), as fresh arrays."""

@@ -143,10 +143,6 @@ class AffineMap:
         """Return the map of a selection of the values."""
         return AffineMap(sp.csr_array(self.matrix)[entries], self.parameter_sizes)
 
-    def batched(self, parameters: Sequence[FloatArray]) -> bool:
-        """Whether these parameter values make the result differ between items."""
-        return any(parameters[index].shape[0] > 1 for index in self.blocks)
-
     def evaluate(self, parameters: Sequence[FloatArray], batch: int | None = None) -> FloatArray:
         """Evaluate the map.
 

@@ -296,14 +296,13 @@ def eliminate_varying(program: Program) -> VaryingElimination | None:
         AffineMap(sp.csc_array(scale @ definitions.values.matrix), program.parameter_sizes),
     )
     quadratic = program.quadratic
-    select = np.full((len(gone),), -1, dtype=np.int64)
     place = np.full(program.num_variables, -1, dtype=np.int64)
     place[gone] = np.arange(len(gone))
     on_diagonal = np.flatnonzero((quadratic.rows == quadratic.columns) & (place[quadratic.rows] >= 0))
     gather = sp.csr_array(
         sp.coo_array(
             (np.ones(len(on_diagonal)), (place[quadratic.rows[on_diagonal]], on_diagonal)),
-            shape=(len(select), len(quadratic.rows)),
+            shape=(len(gone), len(quadratic.rows)),
         )
     )
     curvature = AffineMap(sp.csc_array(gather @ sp.csr_array(quadratic.values.matrix)), program.parameter_sizes)
