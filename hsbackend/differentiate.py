@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from hsbackend._parallel import compile_kernel, for_each_item
 from hsbackend.plan import Plan, Solution
-from hsbackend.program import FloatArray, IndexArray, MatrixEntries, Program, SparseOperator
+from hsbackend.program import FloatArray, IndexArray, MatrixEntries, Program, SparseOperator, as_slice
 from hsbackend.solvers.result import Options
 from hsbackend.status import SolveError, Status, failure_message
 
@@ -192,7 +192,7 @@ class Layer:
         count = len(plan.program.parameter_sizes)
         self._gradients = [_ParameterGradient(plan.program, index) for index in range(count)]
         self._repeated = [len(np.unique(output.columns)) < len(output.columns) for output in outputs]
-        self._views = [_as_slice(output.columns) for output in outputs]
+        self._views = [as_slice(output.columns) for output in outputs]
         self._dual_wanted = any(output.source == "multipliers" for output in outputs)
 
     def solve(self, parameters: Sequence[FloatArray], options: Options, on_failure: str, warm: Any) -> Solution:
@@ -279,13 +279,6 @@ class Layer:
                 value[... if shared else poisoned] = np.nan
             found.append(value)
         return found
-
-
-def _as_slice(columns: IndexArray) -> slice | IndexArray:
-    """Return a slice where the columns are consecutive: a view instead of a gather."""
-    if len(columns) and np.array_equal(columns, np.arange(columns[0], columns[0] + len(columns))):
-        return slice(int(columns[0]), int(columns[0]) + len(columns))
-    return columns
 
 
 @dataclass

@@ -14,7 +14,9 @@ differentiated data.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -180,6 +182,59 @@ class BoxFace:
 
 
 @dataclass(frozen=True)
+class FacePart:
+    """The face of one group of independent blocks.
+
+    Attributes:
+        kkt: ``kkt(rhs_primal, rhs_rows, rhs_bounds, out)`` writes the group's places of a KKT solution; arrays are
+            those of the whole program.
+        sides: ``sides(rows, bounds)`` writes the sides of the group's active rows and bounds.
+    """
+
+    kkt: Callable[[FloatArray, FloatArray, FloatArray, KKTSolution], None]
+    sides: Callable[[IndexArray, IndexArray], None]
+
+
+class BlockFace:
+    """Face of a program made of independent blocks: the KKT system falls apart with it.
+
+    Args:
+        shape: (B, n, m, nb).
+        parts: one per group of blocks; together they cover every variable, row and bound.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], parts: Sequence[FacePart]) -> None:
+        """Keep the parts."""
+        self._shape = shape
+        self._parts = tuple(parts)
+
+    def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
+        """Solve the KKT system of the module docstring; arguments as in :meth:`GramFace.kkt_solve`."""
+        out = KKTSolution(np.empty(rhs_primal.shape), np.zeros(rhs_rows.shape), np.zeros(rhs_bounds.shape))
+        for part in self._parts:
+            part.kkt(rhs_primal, rhs_rows, rhs_bounds, out)
+        return out
+
+    @cached_property
+    def _sides(self) -> tuple[IndexArray, IndexArray]:
+        batch, _, m, bounded = self._shape
+        rows, bounds = np.zeros((batch, m), dtype=np.int64), np.zeros((batch, bounded), dtype=np.int64)
+        for part in self._parts:
+            part.sides(rows, bounds)
+        return rows, bounds
+
+    @property
+    def active_rows(self) -> IndexArray:
+        """(B, m) side of the general rows in K."""
+        return self._sides[0]
+
+    @property
+    def active_bounds(self) -> IndexArray:
+        """(B, nb) side of the bounds in K."""
+        return self._sides[1]
+
+
+@dataclass(frozen=True)
 class MixedFace:
     """Faces of a batch of which some items were solved by another solver.
 
@@ -189,7 +244,7 @@ class MixedFace:
         items: (k,) the items ``second`` holds.
     """
 
-    first: BoxFace
+    first: BoxFace | BlockFace
     second: Face
     items: IndexArray
 
@@ -259,4 +314,4 @@ class DenseFace:
         return KKTSolution(u, w, w_bounds)
 
 
-Face = GramFace | BoxFace | MixedFace | DenseFace
+Face = GramFace | BoxFace | BlockFace | MixedFace | DenseFace

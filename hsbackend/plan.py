@@ -14,12 +14,12 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from hsbackend import reduce
+from hsbackend import reduce, structure
 from hsbackend.batched import matvec, vecmat, weighted_gram
 from hsbackend.face import Face, GramFace
-from hsbackend.program import FloatArray, IndexArray, Program, QPValues
+from hsbackend.program import FloatArray, IndexArray, Program, QPValues, as_slice
 from hsbackend.route import Route, SolverName, choose, describe
-from hsbackend.solvers import active_set, reference, semismooth_newton
+from hsbackend.solvers import active_set, blocks, reference, semismooth_newton
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
 
@@ -102,7 +102,10 @@ class Plan:
             flat = self._varying.curvature.varying | (self._varying.curvature.offset != 0.0)
             pattern = sp.csr_array(pattern.astype(np.float64) + definitions[flat].T @ definitions[flat])
         notes = describe(program, self._steps, self._varying, self._bounds, reduced)
-        self.route = choose(reduced, self._rows, self._bounds, self._diagonal, pattern, notes, solver)
+        groups = structure.find_groups(
+            self._rows, reduced.num_equalities, self._bounds, reduced.rhs, pattern, self._free_of_charge()
+        )
+        self.route = choose(reduced, self._rows, self._bounds, self._diagonal, pattern, notes, solver, groups)
         self._proximal = np.array(self.route.proximal, dtype=np.int64)
         self._constant_hessian = self._varying is None and reduced.quadratic.constant
         if self._varying is not None:
@@ -112,6 +115,9 @@ class Plan:
         self._constant_rows = self._rows.constant
         self._gram: active_set.GramSetup | None = None
         self._newton: semismooth_newton.NewtonSetup | None = None
+        self._blocks: blocks.BlockSetup | None = None
+        self._fixed_limits: tuple[FloatArray, FloatArray, IndexArray, IndexArray] | None = None
+        self._kept_rows = as_slice(self._bounds.kept_rows)
         self._fixed_hessian: FloatArray | None = None
         self._fixed_rows: FloatArray | None = None
         if self.route.polyhedral:
@@ -124,13 +130,54 @@ class Plan:
             self._fixed_rows = self._rows.dense(none)
         if self._constant_hessian:
             self._fixed_hessian = self._hessian(none)
-            if self._diagonal and not len(self._proximal) and not np.all(self._fixed_hessian > 0.0):
+            curved = np.setdiff1d(np.arange(self._reduced.num_variables), self._proximal)
+            if self._diagonal and not np.all(self._fixed_hessian[:, curved] > 0.0):
                 self._refuse("the Hessian has a negative or zero diagonal entry")
                 return
         if self.route.solver == "semismooth_newton":
             self._newton = semismooth_newton.NewtonSetup(self._rows.pattern(), self._bounds.variables)
+        elif self.route.groups and all(group.family != "general" for group in self.route.groups):
+            self._blocks = self._block_setup()
         elif self._constant_hessian and self._constant_rows and self._gram_setup() is None:
             self._refuse("the Hessian is singular on the subspace left by the equalities")
+        elif self.route.groups:
+            self._blocks = self._block_setup()
+
+    def _free_of_charge(self) -> NDArray[np.bool_]:
+        """Find the variables (n of the reduced program) without linear cost in any call, which nobody reads."""
+        linear = self.program.linear
+        costly = linear.varying | (linear.offset != 0.0) | self.program.outputs
+        for step in self._steps:
+            costly = costly[step.kept]
+            costly[step.definitions.indices] = True
+        if self._varying is not None:
+            costly = costly[self._varying.kept]
+            costly[self._varying.definitions.columns] = True
+        return ~costly
+
+    def _block_setup(self) -> blocks.BlockSetup:
+        """Collect what the independent blocks share between calls."""
+        rhs = self._reduced.rhs
+        found = self._bounds.limits(rhs.offset[None])
+        lower, upper = found[:2]
+
+        def varies(rows: IndexArray) -> NDArray[np.bool_]:
+            return np.any((rows >= 0) & rhs.varying[np.maximum(rows, 0)], axis=1)
+
+        limits = blocks.Limits(lower[0], upper[0], varies(self._bounds.lower_rows), varies(self._bounds.upper_rows))
+        if not limits.lower_varies.any() and not limits.upper_varies.any() and np.all(lower <= upper):
+            self._fixed_limits = found
+        flat = np.zeros(self._reduced.num_variables, dtype=bool)
+        flat[self._proximal] = True
+        kept = self._bounds.kept_rows
+        return blocks.BlockSetup(
+            self.route.groups,
+            blocks.Structure(
+                self._reduced.num_variables, self._reduced.num_equalities, self._bounds.variables, limits,
+                rhs.varying[kept], rhs.offset[kept], sp.csr_array(self._rows.pattern()), self._diagonal, flat,
+                self._constant_hessian and self._constant_rows,
+            ),
+        )  # fmt: skip
 
     def _refuse(self, reason: str) -> None:
         self.route = Route("diffcp", reason, self.route.notes)
@@ -181,19 +228,11 @@ class Plan:
         if hessian is None:
             hessian = self._hessian(parameters, definitions, curvature)
         rows = self._fixed_rows if self._fixed_rows is not None else self._rows.dense(parameters)
-        lower, upper, lower_slot, upper_slot = self._bounds.limits(row_side)
+        lower, upper, lower_slot, upper_slot, crossing = self._limits(row_side)
         values = QPValues(
             hessian, primal_side, rows, self._reduced.num_equalities,
-            np.ascontiguousarray(row_side[:, self._bounds.kept_rows]), self._bounds.variables, lower, upper,
-            self._proximal,
+            np.ascontiguousarray(row_side[:, self._kept_rows]), self._bounds.variables, lower, upper, self._proximal,
         )  # fmt: skip
-        # A variable whose bounds cross has no value; the solvers take bounds for granted. Rounding may cross them too.
-        crossing = lower > upper
-        if crossing.any():
-            middle = np.where(np.isfinite(lower) & np.isfinite(upper), 0.5 * (lower + upper), 0.0)
-            gap = lower - upper
-            lower[crossing] = upper[crossing] = middle[crossing]
-            crossing &= ~(gap <= 1e-9 * (1.0 + np.abs(middle)))
         result = self._run(values, options, warm)
         presolved = _Presolved(definitions, curvature, lower_slot, upper_slot)
         conflicts = self._conflicts(result, presolved)
@@ -216,9 +255,29 @@ class Plan:
             multipliers[failed] = np.nan
         return Solution(primal, multipliers, result.status, conflicts, result.steps, result.face, presolved)
 
+    def _limits(self, row_side: FloatArray) -> tuple[FloatArray, FloatArray, IndexArray, IndexArray, NDArray[np.bool_]]:
+        """Return lower and upper limits (B, nb), the candidates that set them, and where they cross for good."""
+        if self._fixed_limits is not None:
+            shape = (row_side.shape[0], len(self._bounds.variables))
+            lower, upper, lower_slot, upper_slot = self._fixed_limits
+            limits = np.broadcast_to(lower, shape), np.broadcast_to(upper, shape)
+            slots = np.broadcast_to(lower_slot, shape), np.broadcast_to(upper_slot, shape)
+            return *limits, *slots, np.zeros((shape[0], 0), dtype=bool)
+        lower, upper, lower_slot, upper_slot = self._bounds.limits(row_side)
+        # A variable whose bounds cross has no value; the solvers take bounds for granted. Rounding may cross them too.
+        crossing = lower > upper
+        if crossing.any():
+            middle = np.where(np.isfinite(lower) & np.isfinite(upper), 0.5 * (lower + upper), 0.0)
+            gap = lower - upper
+            lower[crossing] = upper[crossing] = middle[crossing]
+            crossing &= ~(gap <= 1e-9 * (1.0 + np.abs(middle)))
+        return lower, upper, lower_slot, upper_slot, crossing
+
     def _run(self, values: QPValues, options: Options, warm: Face | None) -> Result:
         if self.route.solver == "reference":
             return reference.solve(values, options)
+        if self._blocks is not None:
+            return blocks.solve(values, options, self._blocks, self._gram_setup)
         if self._newton is not None:
             return semismooth_newton.solve(values, options, self._newton, self._constant_rows, self._gram_setup)
         guess = warm if isinstance(warm, GramFace) and warm.side.shape[0] == values.batch else None
@@ -246,7 +305,7 @@ class Plan:
         trail, primal_side, row_side = self._presolve(grad_primal, rhs_rows, presolved.definitions, presolved.curvature)
         side = face.active_bounds
         rhs_bounds = self._collect_bounds(row_side, side, presolved)
-        rows = np.ascontiguousarray(row_side[:, self._bounds.kept_rows])
+        rows = np.ascontiguousarray(row_side[:, self._kept_rows])
         kkt = face.kkt_solve(primal_side, rows, rhs_bounds)
         row_multipliers = self._spread_bounds(kkt.rows, kkt.bounds, side, presolved)
         primal, multipliers = self._postsolve(
@@ -311,7 +370,7 @@ class Plan:
         batch = rows.shape[0]
         found = self._bounds
         out = np.zeros((batch, self._reduced.num_rows))
-        out[:, found.kept_rows] = rows
+        out[:, self._kept_rows] = rows
         if not len(found.variables):
             return out
         if found.plain:

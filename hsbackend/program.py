@@ -49,6 +49,13 @@ def _gather(start: int, stop: int, step: int, indices, data, targets, source, ou
             out[b, targets[k]] += data[k] * source[b, indices[k]]
 
 
+def as_slice(index: IndexArray) -> slice | IndexArray:
+    """Return a slice where the indices are consecutive: a view instead of a gather."""
+    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        return slice(int(index[0]), int(index[0]) + len(index))
+    return index
+
+
 @dataclass(frozen=True)
 class SparseOperator:
     """A constant sparse matrix ``M`` (rows, columns) applied to every item of a batch.

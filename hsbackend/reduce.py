@@ -1,6 +1,9 @@
 """Presolve with exact postsolve.
 
-Two reductions, both exact, both found once from the structure of a :class:`~hsbackend.program.Program`:
+Three reductions, all exact, all found once from the structure of a :class:`~hsbackend.program.Program`:
+
+*Fixing* of an epigraph variable ``t`` without any cost that every other row wants as large as its one limit allows
+(``x_j <= t, -x_j <= t, t <= r``, the canonical form of a norm-inf ball): ``t = r``, and the other rows become bounds.
 
 *Elimination* of a variable ``t`` that one equality row defines and no other row mentions,
 
@@ -16,19 +19,22 @@ This is how a square of an affine expression comes back from its canonical form 
 The solution ``(x, nu)`` and the adjoint ``(u, w)`` solve the same KKT system with another right-hand side
 ``(rhs_primal, rhs_rows)``: ``(-q, b)`` or ``(g, r)``. Hence one postsolve for both:
 
-    t    = (rhs_rows_i - e'x) / c,          nu_i = (rhs_primal_t - (Q x_full)_t) / c.
+    t    = (rhs_rows_i - e'x) / c,          nu_i = (rhs_primal_t - (Q x_full)_t - sum_k A_kt nu_k) / c,
+
+k the other rows that mention t: none for an elimination; for a fixing their right-hand sides lose ``A_kt t``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from hsbackend.program import AffineMap, FloatArray, IndexArray, MatrixEntries, Program, SparseOperator
+from hsbackend.program import AffineMap, FloatArray, IndexArray, MatrixEntries, Program, SparseOperator, as_slice
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Elimination:
         definitions_transposed: its transpose.
         hessian_columns: (n_full, k) the constant columns ``Q[:, gone]``.
         hessian_rows: (k, n_full) the same rows of Q.
+        mentions: (kept rows, k) the entries of fixed variables in the rows that stay; empty for an elimination.
+        mentions_transposed: its transpose.
     """
 
     kept: IndexArray
@@ -56,31 +64,42 @@ class Elimination:
     definitions_transposed: SparseOperator
     hessian_columns: SparseOperator
     hessian_rows: SparseOperator
+    mentions: SparseOperator
+    mentions_transposed: SparseOperator
+
+    @cached_property
+    def _views(self) -> tuple[slice | IndexArray, ...]:
+        return as_slice(self.kept), as_slice(self.gone), as_slice(self.kept_rows), as_slice(self.rows)
 
     def presolve(self, rhs_primal: FloatArray, rhs_rows: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Reduce a right-hand side of the KKT system: ``K'(rhs_primal - Q o)`` and the rows that stay."""
-        offset = np.ascontiguousarray(rhs_rows[:, self.rows]) / self.coefficient
+        kept, gone, kept_rows, rows = self._views
+        offset = np.ascontiguousarray(rhs_rows[:, rows]) / self.coefficient
         full = rhs_primal.copy()
         self.hessian_columns.add_to(-offset, full)
-        reduced = np.ascontiguousarray(full[:, self.kept])
-        self.definitions_transposed.add_to(-np.ascontiguousarray(full[:, self.gone]), reduced)
-        return reduced, np.ascontiguousarray(rhs_rows[:, self.kept_rows])
+        reduced = np.ascontiguousarray(full[:, kept])
+        self.definitions_transposed.add_to(-np.ascontiguousarray(full[:, gone]), reduced)
+        left = np.array(rhs_rows[:, kept_rows], order="C")
+        self.mentions.add_to(-offset, left)
+        return reduced, left
 
     def postsolve(
         self, primal: FloatArray, multipliers: FloatArray, rhs_primal: FloatArray, rhs_rows: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Recover the eliminated variables and the multipliers of their rows (module docstring)."""
         batch = primal.shape[0]
-        value = np.ascontiguousarray(rhs_rows[:, self.rows]) / self.coefficient
+        kept, gone, kept_rows, rows = self._views
+        value = np.ascontiguousarray(rhs_rows[:, rows]) / self.coefficient
         self.definitions.add_to(-primal, value)
         x = np.empty((batch, len(self.kept) + len(self.gone)))
-        x[:, self.kept] = primal
-        x[:, self.gone] = value
+        x[:, kept] = primal
+        x[:, gone] = value
         nu = np.empty((batch, len(self.kept_rows) + len(self.rows)))
-        nu[:, self.kept_rows] = multipliers
-        gradient = np.ascontiguousarray(rhs_primal[:, self.gone])
+        nu[:, kept_rows] = multipliers
+        gradient = np.array(rhs_primal[:, gone], order="C")
         self.hessian_rows.add_to(-x, gradient)
-        nu[:, self.rows] = gradient / self.coefficient
+        self.mentions_transposed.add_to(-multipliers, gradient)
+        nu[:, rows] = gradient / self.coefficient
         return x, nu
 
 
@@ -131,6 +150,8 @@ def _choose(program: Program, allowed: NDArray[np.bool_]) -> list[tuple[int, int
 
 
 def _entry_lookup(matrix: Any, rows: IndexArray, columns: IndexArray) -> FloatArray:
+    if not len(rows):
+        return np.zeros(0)
     return np.asarray(sp.csr_array(matrix)[rows, columns]).ravel()
 
 
@@ -147,6 +168,38 @@ def eliminate_once(program: Program) -> tuple[Program, Elimination] | None:
     pairs = [(row, t) for row, t in _choose(program, ~curvature_varies) if not varying_rows[row]]
     if not pairs:
         return None
+    return _eliminate(program, pairs)
+
+
+def fix_dominated(program: Program) -> tuple[Program, Elimination] | None:
+    """Fix the variables that may sit at their limit (module docstring); None when there are none."""
+    matrix = program.matrix
+    curved = np.zeros(program.num_variables, dtype=bool)
+    curved[program.quadratic.rows] = curved[program.quadratic.columns] = True
+    linear = program.linear
+    candidates = ~(curved | program.outputs | linear.varying | (linear.offset != 0.0))
+    candidates[matrix.columns[matrix.values.varying]] = False
+    if not candidates.any():
+        return None
+    constant = sp.csc_array(matrix.constant_part())
+    counts = np.diff(sp.csr_array(matrix.pattern()).indptr)
+    pairs: list[tuple[int, int]] = []
+    for t in np.flatnonzero(candidates):
+        rows = constant.indices[constant.indptr[t] : constant.indptr[t + 1]]
+        entries = constant.data[constant.indptr[t] : constant.indptr[t + 1]]
+        if len(rows) < 2 or np.any(rows < program.num_equalities):
+            continue
+        for limiting in (entries > 0.0, entries < 0.0):
+            if limiting.sum() == 1 and counts[rows[limiting][0]] == 1:
+                pairs.append((int(rows[limiting][0]), int(t)))
+                break
+    return _eliminate(program, pairs) if pairs else None
+
+
+def _eliminate(program: Program, pairs: list[tuple[int, int]]) -> tuple[Program, Elimination]:
+    """Remove (row, variable) pairs, where the constant row defines the variable."""
+    matrix = program.matrix
+    moving = program.quadratic.values.varying
     rows = np.array([row for row, _ in pairs], dtype=np.int64)
     gone = np.array([t for _, t in pairs], dtype=np.int64)
     n, m = program.num_variables, program.num_rows
@@ -161,6 +214,7 @@ def eliminate_once(program: Program) -> tuple[Program, Elimination] | None:
     coefficient = _entry_lookup(constant, rows, gone)
     definitions = sp.csr_array(sp.diags_array(1.0 / coefficient) @ constant[rows][:, kept])
     quadratic = sp.csr_array(program.quadratic.constant_part())
+    mentions = sp.csr_array(constant[kept_rows][:, gone])
     step = Elimination(
         kept,
         gone,
@@ -171,6 +225,8 @@ def eliminate_once(program: Program) -> tuple[Program, Elimination] | None:
         SparseOperator.build(definitions.T),
         SparseOperator.build(quadratic[:, gone]),
         SparseOperator.build(quadratic[gone]),
+        SparseOperator.build(mentions),
+        SparseOperator.build(mentions.T),
     )
 
     # K'QK: the constant part in full, the varying entries only among the kept variables.
@@ -207,14 +263,15 @@ def eliminate_once(program: Program) -> tuple[Program, Elimination] | None:
     new_matrix = matrix.select(
         in_rows, row_place[matrix.rows[in_rows]], place[matrix.columns[in_rows]], (len(kept_rows), size)
     )
+    rhs = sp.csr_array(program.rhs.matrix)
     # The linear term depends on the right-hand side through o; presolve() computes it, the map is unused below.
     reduced = Program(
         size,
-        program.num_equalities - len(rows),
+        program.num_equalities - int(np.sum(rows < program.num_equalities)),
         new_quadratic,
         program.linear.take(kept),
         new_matrix,
-        program.rhs.take(kept_rows),
+        AffineMap(rhs[kept_rows] - mentions @ sp.diags_array(1.0 / coefficient) @ rhs[rows], parameters),
         program.outputs[kept],
         tuple(program.row_names[row] for row in kept_rows),
     )
@@ -222,8 +279,12 @@ def eliminate_once(program: Program) -> tuple[Program, Elimination] | None:
 
 
 def reduce_constant(program: Program) -> tuple[Program, list[Elimination]]:
-    """Repeat :func:`eliminate_once` until nothing more can go."""
+    """Fix what is dominated, then repeat :func:`eliminate_once` until nothing more can go."""
     steps: list[Elimination] = []
+    fixed = fix_dominated(program)
+    if fixed is not None:
+        program, step = fixed
+        steps.append(step)
     while True:
         found = eliminate_once(program)
         if found is None:
@@ -385,24 +446,23 @@ def find_bounds(program: Program) -> Bounds:
     single = (counts == 1) & ~varying_rows
     single[: program.num_equalities] = False
     rows = np.flatnonzero(single).astype(np.int64)
-    constant = sp.csr_array(matrix.constant_part())
-    upper: dict[int, list[tuple[int, float]]] = {}
-    lower: dict[int, list[tuple[int, float]]] = {}
-    for row in rows:
-        j = int(pattern.indices[pattern.indptr[row]])
-        a = float(constant[int(row), j])
-        (upper if a > 0 else lower).setdefault(j, []).append((int(row), a))
-    variables = np.array(sorted(set(upper) | set(lower)), dtype=np.int64)
+    columns = pattern.indices[pattern.indptr[rows]].astype(np.int64)
+    entries = _entry_lookup(matrix.constant_part(), rows, columns)
+    variables = np.unique(columns)
 
-    def table(side: dict[int, list[tuple[int, float]]]) -> tuple[IndexArray, FloatArray]:
-        width = max([1, *(len(found) for found in side.values())])
-        index = np.full((len(variables), width), -1, dtype=np.int64)
-        coefficient = np.ones((len(variables), width))
-        for position, j in enumerate(variables):
-            for slot, (row, a) in enumerate(side.get(int(j), [])):
-                index[position, slot] = row
-                coefficient[position, slot] = a
+    def table(side: NDArray[np.bool_]) -> tuple[IndexArray, FloatArray]:
+        """List the rows of one side by variable, in their order."""
+        found = np.flatnonzero(side)
+        position = np.searchsorted(variables, columns[found])
+        order = np.argsort(position, kind="stable")
+        found, position = found[order], position[order]
+        count = np.bincount(position, minlength=len(variables))
+        slot = np.arange(len(found)) - (np.cumsum(count) - count)[position]
+        shape = (len(variables), max(1, int(count.max(initial=1))))
+        index, coefficient = np.full(shape, -1, dtype=np.int64), np.ones(shape)
+        index[position, slot] = rows[found]
+        coefficient[position, slot] = entries[found]
         return index, coefficient
 
     kept_rows = np.flatnonzero(~single).astype(np.int64)
-    return Bounds(variables, rows, kept_rows, *table(upper), *table(lower))
+    return Bounds(variables, rows, kept_rows, *table(entries > 0.0), *table(entries <= 0.0))

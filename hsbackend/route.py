@@ -7,15 +7,16 @@ ways (an item whose Hessian turns out indefinite gets a status, never another al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
 
 from hsbackend.program import IndexArray, MatrixEntries, Program
 from hsbackend.reduce import Bounds, Elimination, VaryingElimination
+from hsbackend.structure import Group
 
-SolverName = Literal["semismooth_newton", "active_set", "reference", "diffcp"]
+SolverName = Literal["families", "semismooth_newton", "active_set", "reference", "diffcp"]
 
 #: The dense solvers hold (n + rows)^2 numbers; above this the problem belongs to a sparse solver.
 DENSE_LIMIT = 8000
@@ -31,13 +32,15 @@ class Route:
         solver: the solver's name; ``"diffcp"`` when the problem goes back to the default backend.
         reason: one sentence: why this solver, or the first thing that rules the others out.
         notes: what the presolve did, one entry per finding.
-        proximal: auxiliary variables without curvature, handled by proximal steps.
+        proximal: auxiliary variables without curvature, which the active set handles by proximal steps.
+        groups: the independent blocks and their families, for ``solver == "families"``.
     """
 
     solver: SolverName
     reason: str
     notes: tuple[str, ...] = ()
     proximal: tuple[int, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     @property
     def polyhedral(self) -> bool:
@@ -57,6 +60,12 @@ def _newton_density(n: int) -> float:
     return max(4.0, n / 5.0) ** 2
 
 
+def newton_wins(pattern: Any) -> bool:
+    """Whether the semismooth Newton method beats the active set on rows (m, n) of this pattern, H diagonal."""
+    counts = np.diff(sp.csc_array(pattern).indptr).astype(np.float64)
+    return not len(counts) or float(np.mean(counts**2)) <= _newton_density(len(counts))
+
+
 def _plural(count: int, singular: str, plural: str | None = None) -> str:
     return f"{count} {singular if count == 1 else (plural or singular + 's')}"
 
@@ -66,7 +75,10 @@ def describe(
 ) -> list[str]:
     """Say what the presolve found."""
     notes = [f"canonical form: {_plural(program.num_variables, 'variable')}, {_plural(program.num_rows, 'row')}"]
-    eliminated = sum(len(step.gone) for step in steps)
+    fixed = sum(len(step.gone) for step in steps if len(step.mentions.targets))
+    if fixed:
+        notes.append(f"{_plural(fixed, 'epigraph variable')} fixed at {'its' if fixed == 1 else 'their'} limit")
+    eliminated = sum(len(step.gone) for step in steps) - fixed
     if eliminated:
         notes.append(f"{_plural(eliminated, 'definitional equality', 'definitional equalities')} removed")
     if varying is not None:
@@ -87,14 +99,22 @@ def describe(
     return notes
 
 
+def _sizes_fit(groups: tuple[Group, ...]) -> bool:
+    """Whether every block that has no family is small enough for a dense solver."""
+    return all(
+        group.family != "general" or group.variables.shape[1] + group.rows.shape[1] <= DENSE_LIMIT for group in groups
+    )
+
+
 def choose(
     reduced: Program,
     rows: MatrixEntries,
     bounds: Bounds,
     diagonal: bool,
-    hessian_pattern: object,
+    hessian_pattern: Any,
     notes: list[str],
     requested: SolverName | None,
+    groups: tuple[Group, ...],
 ) -> Route:
     """Choose the solver of a reduced program.
 
@@ -106,6 +126,7 @@ def choose(
         hessian_pattern: (n, n) boolean scipy matrix of the reduced Hessian's structure.
         notes: findings of the presolve, for the report.
         requested: a solver the caller insists on.
+        groups: independent blocks, empty when the program is best left whole.
 
     Returns:
         The route; ``"diffcp"`` with the reason when no solver of ours can take the problem.
@@ -113,17 +134,18 @@ def choose(
     n = reduced.num_variables
     curved = np.diff(sp.csr_array(hessian_pattern).indptr) > 0
     flat: IndexArray = np.flatnonzero(~curved).astype(np.int64)
-    if len(flat):
-        if np.all(~curved) or np.any(reduced.outputs[flat]):
-            reason = (
-                f"{_plural(len(flat), 'variable')} of the reduced problem have no quadratic term: the optimal point "
-                "need not be unique (linear program or semidefinite Hessian)"
-            )
-            return Route("diffcp", reason, tuple(notes))
-        notes = [*notes, f"{_plural(len(flat), 'epigraph variable')} without curvature: proximal steps"]
+    if len(flat) and (np.all(~curved) or np.any(reduced.outputs[flat])):
+        reason = (
+            f"{_plural(len(flat), 'variable')} of the reduced problem have no quadratic term: the optimal point "
+            "need not be unique (linear program or semidefinite Hessian)"
+        )
+        return Route("diffcp", reason, tuple(notes))
     total = rows.shape[0] + len(bounds.variables)
-    counts = np.diff(sp.csc_array(rows.pattern()).indptr).astype(np.float64)
-    density = float(np.mean(counts**2)) if n else 0.0
+    if requested is None and groups and _sizes_fit(groups):
+        reason = "recognised " + ", ".join(str(group) for group in groups)
+        return Route("families", reason, tuple(notes), tuple(flat.tolist()), groups)
+    if len(flat):
+        notes = [*notes, f"{_plural(len(flat), 'epigraph variable')} without curvature: proximal steps"]
     newton_possible = diagonal and not len(flat) and len(bounds.variables) > 0
     if requested == "reference" and len(flat):
         return Route("diffcp", "reference was requested but needs curvature in every variable", tuple(notes))
@@ -132,7 +154,7 @@ def choose(
     if requested == "semismooth_newton" and not newton_possible:
         missing = "a diagonal Hessian" if not diagonal else "bounds"
         return Route("diffcp", f"semismooth_newton was requested but needs {missing}", tuple(notes))
-    if newton_possible and requested != "active_set" and (density <= _newton_density(n) or requested is not None):
+    if newton_possible and requested != "active_set" and (newton_wins(rows.pattern()) or requested is not None):
         reason = f"diagonal Hessian, {_plural(len(bounds.variables), 'bounded variable')}, sparse rows"
         return Route("semismooth_newton", reason, tuple(notes))
     if n + total > DENSE_LIMIT:

@@ -8,6 +8,7 @@ import pytest
 from core_programs import box_program
 from hsbackend.face import MixedFace
 from hsbackend.plan import Plan
+from hsbackend.route import SolverName
 from hsbackend.solvers import semismooth_newton
 from hsbackend.solvers.result import Options
 from hsbackend.status import Status
@@ -27,7 +28,7 @@ def simplex(points: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("n", [1, 2, 7, 63, 500])
 def test_simplex_against_sorting(n: int, scale: float) -> None:
     points = np.random.default_rng(n).normal(size=(9, n)) * scale
-    plan = Plan(box_program(np.ones((1, n)), equalities=1))
+    plan = Plan(box_program(np.ones((1, n)), equalities=1), "semismooth_newton")
     limits = np.concatenate([np.ones(1), np.full(n, np.inf), np.zeros(n)])
     solution = plan.solve([-points, np.tile(limits, (9, 1))], Options())
     assert (solution.status == Status.SOLVED).all()
@@ -57,7 +58,7 @@ def test_items_newton_cannot_finish_go_to_the_active_set(monkeypatch: pytest.Mon
     """With almost no steps allowed the answer and the derivative are still right."""
     monkeypatch.setattr(semismooth_newton, "MAX_STEPS", 2)
     points = np.random.default_rng(5).normal(size=(40, 12))
-    plan = Plan(box_program(np.ones((1, 12)), equalities=1))
+    plan = Plan(box_program(np.ones((1, 12)), equalities=1), "semismooth_newton")
     limits = np.tile(np.concatenate([np.ones(1), np.full(12, 0.4), np.zeros(12)]), (40, 1))
     rushed = plan.solve([-points, limits], Options())
     monkeypatch.undo()
@@ -71,9 +72,10 @@ def test_items_newton_cannot_finish_go_to_the_active_set(monkeypatch: pytest.Mon
     )  # fmt: skip
 
 
-def test_infeasible_budget_is_reported_with_its_rows() -> None:
+@pytest.mark.parametrize("solver", [None, "semismooth_newton"])
+def test_infeasible_budget_is_reported_with_its_rows(solver: SolverName | None) -> None:
     """Four variables of at most 0.2 cannot sum to one."""
-    plan = Plan(box_program(np.ones((1, 4)), equalities=1))
+    plan = Plan(box_program(np.ones((1, 4)), equalities=1), solver)
     rhs = np.array([[1.0, *[0.5] * 4, *[0.0] * 4], [1.0, *[0.2] * 4, *[0.0] * 4]])
     solution = plan.solve([np.zeros((2, 4)), rhs], Options())
     assert list(solution.status) == [Status.SOLVED, Status.INFEASIBLE]

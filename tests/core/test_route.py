@@ -11,8 +11,14 @@ from hsbackend.solvers.result import Options
 from hsbackend.status import Status
 
 
-def test_box_and_a_budget_go_to_newton() -> None:
+def test_box_and_a_budget_are_a_family() -> None:
     route = Plan(box_program(np.ones((1, 6)), equalities=1)).route
+    assert route.solver == "families"
+    assert "recognised box with a budget (6)" in str(route)
+
+
+def test_a_box_and_two_rows_go_to_newton() -> None:
+    route = Plan(box_program(np.array([[1.0] * 6, [1.0, 2.0] * 3]), equalities=1)).route
     assert route.solver == "semismooth_newton"
     assert route.polyhedral
     assert "12 singleton rows became bounds on 6 variables" in str(route)
