@@ -20,6 +20,7 @@ from hsbackend.face import Face, GramFace
 from hsbackend.program import FloatArray, IndexArray, Program, QPValues, as_slice
 from hsbackend.route import Route, SolverName, choose, describe
 from hsbackend.solvers import active_set, blocks, reference, semismooth_newton
+from hsbackend.solvers._places import Limits, Structure
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
 
@@ -164,7 +165,7 @@ class Plan:
         def varies(rows: IndexArray) -> NDArray[np.bool_]:
             return np.any((rows >= 0) & rhs.varying[np.maximum(rows, 0)], axis=1)
 
-        limits = blocks.Limits(lower[0], upper[0], varies(self._bounds.lower_rows), varies(self._bounds.upper_rows))
+        limits = Limits(lower[0], upper[0], varies(self._bounds.lower_rows), varies(self._bounds.upper_rows))
         if not limits.lower_varies.any() and not limits.upper_varies.any() and np.all(lower <= upper):
             self._fixed_limits = found
         flat = np.zeros(self._reduced.num_variables, dtype=bool)
@@ -172,7 +173,7 @@ class Plan:
         kept = self._bounds.kept_rows
         return blocks.BlockSetup(
             self.route.groups,
-            blocks.Structure(
+            Structure(
                 self._reduced.num_variables, self._reduced.num_equalities, self._bounds.variables, limits,
                 rhs.varying[kept], rhs.offset[kept], sp.csr_array(self._rows.pattern()), self._diagonal, flat,
                 self._constant_hessian and self._constant_rows,
