@@ -18,7 +18,7 @@ the active rows are independent (docs/theory.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -194,10 +194,11 @@ class Layer:
         self._repeated = [len(np.unique(output.columns)) < len(output.columns) for output in outputs]
         self._views = [as_slice(output.columns) for output in outputs]
         self._dual_wanted = any(output.source == "multipliers" for output in outputs)
+        self._multipliers_wanted = self._dual_wanted or any(gradient.needs_solution for gradient in self._gradients)
 
     def solve(self, parameters: Sequence[FloatArray], options: Options, on_failure: str, warm: Any) -> Solution:
         """Solve and raise for failing items unless ``on_failure`` is ``"nan"``."""
-        solution = self.plan.solve(parameters, options, warm)
+        solution = self.plan.solve(parameters, replace(options, multipliers=self._multipliers_wanted), warm)
         if on_failure == "raise" and np.any(solution.status != Status.SOLVED):
             raise SolveError(failure_message(solution.status, self.conflicts(solution)), solution.status)
         return solution
@@ -263,9 +264,9 @@ class Layer:
             primal[failed] = 0.0
             multipliers[failed] = 0.0
         if solution.face is None:  # every item failed before there was a face
-            u, w = np.zeros((batch, n)), np.zeros(multipliers.shape)
+            u, w = np.zeros((batch, n)), np.zeros((batch, self.plan.program.num_rows))
         else:
-            adjoint = self.plan.adjoint(solution, grad_primal, grad_multipliers)
+            adjoint = self.plan.adjoint(solution, grad_primal, grad_multipliers, whole=False)
             u, w = adjoint.primal, adjoint.rows
             u[failed] = 0.0  # NaN data of a failed item must not reach the sum of a shared parameter
             w[failed] = 0.0

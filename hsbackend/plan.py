@@ -31,7 +31,8 @@ class Solution:
 
     Attributes:
         primal: (B, n) x, NaN where an item is not solved.
-        multipliers: (B, m) nu with ``Q x + q + A'nu = 0``, NaN where an item is not solved.
+        multipliers: (B, m) nu with ``Q x + q + A'nu = 0``, NaN where an item is not solved; (B, 0) when they were not
+            asked for.
         status: (B,) int8 codes of :class:`~hsbackend.status.Status`.
         conflicts: for infeasible items, the rows that cannot hold together.
         steps: (B,) iterations of the solver.
@@ -45,6 +46,10 @@ class Solution:
     steps: IndexArray
     face: Face | None
     presolved: _Presolved = field(repr=False)
+
+
+#: Right-hand sides of the KKT system at every level of the presolve; None stands for zeros.
+Trail = list[tuple[FloatArray, "FloatArray | None"]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class Plan:
         self._blocks: blocks.BlockSetup | None = None
         self._fixed_limits: tuple[FloatArray, FloatArray, IndexArray, IndexArray] | None = None
         self._kept_rows = as_slice(self._bounds.kept_rows)
+        fixed = any(len(step.mentions.targets) for step in self._steps)
+        self._bounds_move = fixed or bool(reduced.rhs.varying[self._bounds.rows].any())
         self._fixed_hessian: FloatArray | None = None
         self._fixed_rows: FloatArray | None = None
         if self.route.polyhedral:
@@ -225,6 +232,7 @@ class Plan:
             definitions = self._varying.definitions.dense(parameters)
             curvature = self._varying.curvature.evaluate(parameters)
         trail, primal_side, row_side = self._presolve(rhs_primal, rhs_rows, definitions, curvature)
+        assert row_side is not None
         hessian = self._fixed_hessian
         if hessian is None:
             hessian = self._hessian(parameters, definitions, curvature)
@@ -248,9 +256,13 @@ class Plan:
             result.primal[failed] = 0.0
             result.rows[failed] = 0.0
             result.bounds[failed] = 0.0
-        side = np.sign(result.bounds).astype(np.int64)
-        row_multipliers = self._spread_bounds(result.rows, result.bounds, side, presolved)
+        row_multipliers = None
+        if options.multipliers:
+            side = np.sign(result.bounds).astype(np.int64)
+            row_multipliers = self._spread_bounds(result.rows, result.bounds, side, presolved)
         primal, multipliers = self._postsolve(trail, result.primal, row_multipliers, definitions, curvature)
+        if multipliers is None:
+            multipliers = np.zeros((batch, 0))
         if failed.any():
             primal[failed] = np.nan
             multipliers[failed] = np.nan
@@ -285,13 +297,16 @@ class Plan:
         result = active_set.solve(values, options, self._gram_setup(), guess)
         return active_set.verify(values, options, result)
 
-    def adjoint(self, solution: Solution, grad_primal: FloatArray, grad_multipliers: FloatArray | None) -> Adjoint:
+    def adjoint(
+        self, solution: Solution, grad_primal: FloatArray, grad_multipliers: FloatArray | None, whole: bool = True
+    ) -> Adjoint:
         """Solve the adjoint KKT system on the face of a solution.
 
         Args:
             solution: from :meth:`solve` with ``options.keep_face``.
             grad_primal: (B, n) cotangent of the primal.
             grad_multipliers: (B, m) cotangent of the multipliers, None for zero.
+            whole: whether w is wanted on every row; otherwise it is left zero on bounds that no parameter moves.
 
         Returns:
             (u, w), from which every gradient follows: ``dq = -u``, ``db = w``, ``dA = -(nu u' + w x')``,
@@ -302,53 +317,68 @@ class Plan:
             raise ValueError("the solution has no face: it was computed with keep_face=False")
         batch = grad_primal.shape[0]
         presolved = solution.presolved
-        rhs_rows = np.zeros((batch, self.program.num_rows)) if grad_multipliers is None else grad_multipliers
-        trail, primal_side, row_side = self._presolve(grad_primal, rhs_rows, presolved.definitions, presolved.curvature)
-        side = face.active_bounds
-        rhs_bounds = self._collect_bounds(row_side, side, presolved)
-        rows = np.ascontiguousarray(row_side[:, self._kept_rows])
+        trail, primal_side, row_side = self._presolve(
+            grad_primal, grad_multipliers, presolved.definitions, presolved.curvature
+        )
+        if row_side is None:
+            rows = np.zeros((batch, len(self._bounds.kept_rows)))
+            rhs_bounds = np.zeros((batch, len(self._bounds.variables)))
+        else:
+            rows = np.ascontiguousarray(row_side[:, self._kept_rows])
+            rhs_bounds = self._collect_bounds(row_side, face.active_bounds, presolved)
         kkt = face.kkt_solve(primal_side, rows, rhs_bounds)
-        row_multipliers = self._spread_bounds(kkt.rows, kkt.bounds, side, presolved)
+        if whole or self._bounds_move:
+            row_multipliers = self._spread_bounds(kkt.rows, kkt.bounds, face.active_bounds, presolved)
+        else:
+            row_multipliers = np.zeros((batch, self._reduced.num_rows))
+            row_multipliers[:, self._kept_rows] = kkt.rows
         primal, multipliers = self._postsolve(
             trail, kkt.primal, row_multipliers, presolved.definitions, presolved.curvature
         )
+        assert multipliers is not None
         return Adjoint(primal, multipliers)
 
     def _presolve(
-        self, rhs_primal: FloatArray, rhs_rows: FloatArray, definitions: FloatArray | None, curvature: FloatArray | None
-    ) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray, FloatArray]:
-        """Carry a right-hand side of the KKT system down to the reduced program; remember it at every level."""
-        trail: list[tuple[FloatArray, FloatArray]] = []
+        self, rhs_primal: FloatArray, rhs_rows: FloatArray | None, definitions: FloatArray | None,
+        curvature: FloatArray | None,
+    ) -> tuple[Trail, FloatArray, FloatArray | None]:  # fmt: skip
+        """Carry a right-hand side of the KKT system down to the reduced program; None stands for zeros."""
+        trail: Trail = []
         for step in self._steps:
             trail.append((rhs_primal, rhs_rows))
             rhs_primal, rhs_rows = step.presolve(rhs_primal, rhs_rows)
         if self._varying is not None and definitions is not None and curvature is not None:
             trail.append((rhs_primal, rhs_rows))
             varying = self._varying
-            offset = rhs_rows[:, varying.rows] / varying.coefficient
-            pushed = rhs_primal[:, varying.gone] - curvature * offset
+            pushed = rhs_primal[:, varying.gone]
+            if rhs_rows is not None:
+                pushed = pushed - curvature * (rhs_rows[:, varying.rows] / varying.coefficient)
+                rhs_rows = np.ascontiguousarray(rhs_rows[:, varying.kept_rows])
             rhs_primal = rhs_primal[:, varying.kept] - vecmat(pushed, definitions)
-            rhs_rows = np.ascontiguousarray(rhs_rows[:, varying.kept_rows])
         return trail, np.ascontiguousarray(rhs_primal), rhs_rows
 
     def _postsolve(
-        self, trail: list[tuple[FloatArray, FloatArray]], primal: FloatArray, multipliers: FloatArray,
+        self, trail: Trail, primal: FloatArray, multipliers: FloatArray | None,
         definitions: FloatArray | None, curvature: FloatArray | None,
-    ) -> tuple[FloatArray, FloatArray]:  # fmt: skip
-        """Carry a solution of the reduced KKT system back up."""
+    ) -> tuple[FloatArray, FloatArray | None]:  # fmt: skip
+        """Carry a solution of the reduced KKT system back up; without its multipliers if they are None."""
         levels = list(trail)
         if self._varying is not None and definitions is not None and curvature is not None:
             varying = self._varying
             rhs_primal, rhs_rows = levels.pop()
-            value = rhs_rows[:, varying.rows] / varying.coefficient - matvec(definitions, primal)
+            value = -matvec(definitions, primal)
+            if rhs_rows is not None:
+                value += rhs_rows[:, varying.rows] / varying.coefficient
             batch = primal.shape[0]
             x = np.empty((batch, len(varying.kept) + len(varying.gone)))
             x[:, varying.kept] = primal
             x[:, varying.gone] = value
-            nu = np.empty((batch, len(varying.kept_rows) + len(varying.rows)))
-            nu[:, varying.kept_rows] = multipliers
-            nu[:, varying.rows] = (rhs_primal[:, varying.gone] - curvature * value) / varying.coefficient
-            primal, multipliers = x, nu
+            primal = x
+            if multipliers is not None:
+                nu = np.empty((batch, len(varying.kept_rows) + len(varying.rows)))
+                nu[:, varying.kept_rows] = multipliers
+                nu[:, varying.rows] = (rhs_primal[:, varying.gone] - curvature * value) / varying.coefficient
+                multipliers = nu
         for step, (rhs_primal, rhs_rows) in zip(reversed(self._steps), reversed(levels), strict=True):
             primal, multipliers = step.postsolve(primal, multipliers, rhs_primal, rhs_rows)
         return primal, multipliers

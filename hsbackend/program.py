@@ -31,22 +31,32 @@ IndexArray = NDArray[np.int64]
 
 
 @compile_kernel
-def _accumulate(start: int, stop: int, step: int, indptr, indices, data, targets, source, out):  # type: ignore[no-untyped-def]
-    """Add ``M @ source[b]`` to ``out[b, targets]`` for a compressed sparse row matrix M."""
+def _accumulate(start: int, stop: int, step: int, indptr, indices, data, targets, factor, source, out):  # type: ignore[no-untyped-def]
+    """Add ``factor M @ source[b]`` to ``out[b, targets]`` for a compressed sparse row matrix M."""
     for b in range(start, stop, step):
         for row in range(targets.shape[0]):
             total = 0.0
             for k in range(indptr[row], indptr[row + 1]):
                 total += data[k] * source[b, indices[k]]
-            out[b, targets[row]] += total
+            out[b, targets[row]] += factor * total
 
 
 @compile_kernel
-def _gather(start: int, stop: int, step: int, indices, data, targets, source, out):  # type: ignore[no-untyped-def]
+def _gather(start: int, stop: int, step: int, indices, data, targets, factor, source, out):  # type: ignore[no-untyped-def]
     """The same for a matrix with one entry per stored row."""
     for b in range(start, stop, step):
         for k in range(targets.shape[0]):
-            out[b, targets[k]] += data[k] * source[b, indices[k]]
+            out[b, targets[k]] += factor * data[k] * source[b, indices[k]]
+
+
+@compile_kernel
+def _add_straight(start: int, stop: int, step: int, column: int, row: int, count: int, entry, factor, source, out):  # type: ignore[no-untyped-def]
+    """The same for a multiple of a piece of the identity, which needs no index."""
+    for b in range(start, stop, step):
+        s = source[b, column : column + count]
+        t = out[b, row : row + count]
+        for k in range(count):
+            t[k] += factor * entry * s[k]
 
 
 def as_slice(index: IndexArray) -> slice | IndexArray:
@@ -83,14 +93,34 @@ class SparseOperator:
 
     def add_to(self, source: FloatArray, out: FloatArray) -> None:
         """Compute ``out[b] += M @ source[b]``; ``source`` (B, columns) and ``out`` (B, rows), both contiguous."""
+        self._add_to(source, out, 1.0)
+
+    def subtract_from(self, source: FloatArray, out: FloatArray) -> None:
+        """Compute ``out[b] -= M @ source[b]``."""
+        self._add_to(source, out, -1.0)
+
+    def _add_to(self, source: FloatArray, out: FloatArray, factor: float) -> None:
         if not len(self.targets):
             return
-        if len(self.data) == len(self.targets):
-            gather = (self.indices, self.data, self.targets, source, out)
-            for_each_item(_gather, out.shape[0], float(len(self.data)), *gather)
+        work = float(len(self.data))
+        if self._straight is not None:
+            for_each_item(_add_straight, out.shape[0], work, *self._straight, factor, source, out)
+        elif len(self.data) == len(self.targets):
+            gather = (self.indices, self.data, self.targets, factor, source, out)
+            for_each_item(_gather, out.shape[0], work, *gather)
         else:
-            arguments = (self.indptr, self.indices, self.data, self.targets, source, out)
-            for_each_item(_accumulate, out.shape[0], float(len(self.data)), *arguments)
+            arguments = (self.indptr, self.indices, self.data, self.targets, factor, source, out)
+            for_each_item(_accumulate, out.shape[0], work, *arguments)
+
+    @cached_property
+    def _straight(self) -> tuple[int, int, int, float] | None:
+        """First column, first row, length and entry of a multiple of a piece of the identity; None for the rest."""
+        k = len(self.targets)
+        if len(self.data) != k or not isinstance(as_slice(self.targets), slice):
+            return None
+        if not isinstance(as_slice(self.indices), slice) or np.ptp(self.data) != 0.0:
+            return None
+        return int(self.indices[0]), int(self.targets[0]), k, float(self.data[0])
 
     def apply(self, source: FloatArray) -> FloatArray:
         """Return ``M @ source[b]`` for every item, (B, rows)."""

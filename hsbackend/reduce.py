@@ -71,35 +71,45 @@ class Elimination:
     def _views(self) -> tuple[slice | IndexArray, ...]:
         return as_slice(self.kept), as_slice(self.gone), as_slice(self.kept_rows), as_slice(self.rows)
 
-    def presolve(self, rhs_primal: FloatArray, rhs_rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Reduce a right-hand side of the KKT system: ``K'(rhs_primal - Q o)`` and the rows that stay."""
+    def presolve(self, rhs_primal: FloatArray, rhs_rows: FloatArray | None) -> tuple[FloatArray, FloatArray | None]:
+        """Reduce a right-hand side of the KKT system: ``K'(rhs_primal - Q o)`` and the rows that stay.
+
+        None stands for a right-hand side of zeros on the rows.
+        """
         kept, gone, kept_rows, rows = self._views
-        offset = np.ascontiguousarray(rhs_rows[:, rows]) / self.coefficient
+        if rhs_rows is None:
+            reduced = np.array(rhs_primal[:, kept], order="C")
+            self.definitions_transposed.subtract_from(np.ascontiguousarray(rhs_primal[:, gone]), reduced)
+            return reduced, None
+        offset = rhs_rows[:, rows] / self.coefficient
         full = rhs_primal.copy()
-        self.hessian_columns.add_to(-offset, full)
-        reduced = np.ascontiguousarray(full[:, kept])
-        self.definitions_transposed.add_to(-np.ascontiguousarray(full[:, gone]), reduced)
+        self.hessian_columns.subtract_from(offset, full)
+        reduced = np.array(full[:, kept], order="C")
+        self.definitions_transposed.subtract_from(np.ascontiguousarray(full[:, gone]), reduced)
         left = np.array(rhs_rows[:, kept_rows], order="C")
-        self.mentions.add_to(-offset, left)
+        self.mentions.subtract_from(offset, left)
         return reduced, left
 
     def postsolve(
-        self, primal: FloatArray, multipliers: FloatArray, rhs_primal: FloatArray, rhs_rows: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
-        """Recover the eliminated variables and the multipliers of their rows (module docstring)."""
+        self, primal: FloatArray, multipliers: FloatArray | None, rhs_primal: FloatArray, rhs_rows: FloatArray | None
+    ) -> tuple[FloatArray, FloatArray | None]:
+        """Recover the eliminated variables and, unless None, the multipliers of their rows (module docstring)."""
         batch = primal.shape[0]
         kept, gone, kept_rows, rows = self._views
-        value = np.ascontiguousarray(rhs_rows[:, rows]) / self.coefficient
-        self.definitions.add_to(-primal, value)
+        value = np.zeros((batch, len(self.gone))) if rhs_rows is None else rhs_rows[:, rows] / self.coefficient
+        self.definitions.subtract_from(primal, value)
         x = np.empty((batch, len(self.kept) + len(self.gone)))
         x[:, kept] = primal
         x[:, gone] = value
+        if multipliers is None:
+            return x, None
         nu = np.empty((batch, len(self.kept_rows) + len(self.rows)))
         nu[:, kept_rows] = multipliers
         gradient = np.array(rhs_primal[:, gone], order="C")
-        self.hessian_rows.add_to(-x, gradient)
-        self.mentions_transposed.add_to(-multipliers, gradient)
-        nu[:, rows] = gradient / self.coefficient
+        self.hessian_rows.subtract_from(x, gradient)
+        self.mentions_transposed.subtract_from(multipliers, gradient)
+        gradient /= self.coefficient
+        nu[:, rows] = gradient
         return x, nu
 
 

@@ -96,7 +96,7 @@ class BudgetBlocks(_Family):
         if rows.size:
             chosen = rows.choose(values.rhs_rows, row_side)
             rows.put(nu, chosen, result.rows)
-        if len(columns.has):
+        if options.multipliers and len(columns.has):
             curvature = factor if weight is None else weight
             gradient = linear - curvature * found.primal
             if rows.size:
@@ -232,8 +232,9 @@ class TransportBlocks(_Family):
         def on_entries(ab: FloatArray) -> FloatArray:
             return (ab[:, :k1, None] + ab[:, None, k1:]).reshape(-1, k1 * k2)
 
-        gradient = linear - curvature * primal - on_entries(nu)
-        columns.put_bounds(np.where(held, np.minimum(gradient, 0.0), 0.0), result.bounds)
+        if options.multipliers:
+            gradient = linear - curvature * primal - on_entries(nu)
+            columns.put_bounds(np.where(held, np.minimum(gradient, 0.0), 0.0), result.bounds)
 
         def kkt(g: FloatArray, r: FloatArray, r_bounds: FloatArray, out: KKTSolution) -> None:
             target = columns.take(g) if factor == 1.0 else columns.take(g) / factor

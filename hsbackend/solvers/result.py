@@ -23,12 +23,14 @@ class Options:
         active_tolerance: rows this close to their limit, relative to ``1 + |limit|`` and measured in the norm of the
             Hessian, count as active for ``jacobian="active"``.
         keep_face: whether the caller will differentiate.
+        multipliers: whether the caller will read the multipliers.
     """
 
     tolerance: float = 1e-9
     jacobian: Literal["active", "support"] = "active"
     active_tolerance: float = 1e-10
     keep_face: bool = True
+    multipliers: bool = True
 
     @property
     def inner_tolerance(self) -> float:
