@@ -27,14 +27,18 @@ _INVALID = int(Status.INVALID_INPUT)
 _NOT_CONVERGED = int(Status.NOT_CONVERGED)
 _TO_DO = -1
 
-#: A coordinate is "at its bound to rounding" within this fraction of the data it comes from: 16 eps of float64.
-_ROUNDING = 16.0 * 2.220446049250313e-16
+_EPS = 2.220446049250313e-16
+#: Something is "at its bound to rounding" within this fraction of the data it comes from: 16 eps of float64. For a
+#: coordinate these are v_j, its bound and tau c_j/h_j, the last with the rounding of tau itself.
+_ROUNDING = 16.0 * _EPS
 #: Keeps strict and weak comparisons apart when everything is zero.
 _TINY = 1e-300
 #: Stands for the size of an infinite value in a tolerance.
 _HUGE = 1e300
 #: Newton steps before the bracket is halved (or the step doubled) every time; typical solves take 3 to 6.
 _PATIENCE = 8
+#: Shifts of the point by the tau found so far. One is enough but where tau was first sought many orders too far out.
+_MOST_SHIFTS = 30
 #: Enough to halve a bracket down to rounding: 2 x 64 and some.
 _MOST_STEPS = 150
 
@@ -48,6 +52,9 @@ def _multiply_add(_context, a, b, c):
 
     return types.float64(types.float64, types.float64, types.float64), generate
 
+
+# `inline_kernel` lets sums be reordered, which makes them fast; where the order carries the accuracy, as in
+# `(y - shift) - s`, functions are compiled by `compile_kernel`, which does not.
 
 # Simplex {x >= 0, low <= 1'x <= high}, unit weights
 
@@ -76,31 +83,40 @@ def _largest_and_sum(y):
     return np.float64(largest), total
 
 
+@compile_kernel
+def _difference(y, shift):
+    return y - shift
+
+
 @inline_kernel
 def _above(y, shift, s):
     """Sum and number of the positive ``(y - shift) - s``."""
     total = 0.0
     count = 0
     for j in range(y.shape[0]):
-        t = (y[j] - shift) - s
+        t = _difference(y[j], shift) - s
         total += max(t, 0.0)
         count += t > 0.0
     return total, count
 
 
-@inline_kernel
+# The correction is for coordinates that are free: at a kink it would set others free, and the row be missed by more.
+
+
+@compile_kernel
 def _simplex_primal(y, shift, s, correction, x):
     for j in range(y.shape[0]):
-        x[j] = max(((y[j] - shift) - s) - correction, 0.0)
+        t = (y[j] - shift) - s
+        x[j] = max(t - correction, 0.0) if t > 0.0 else 0.0
 
 
-@inline_kernel
-def _simplex_face(y, shift, s, correction, tau, sign, face):
-    """Write -1 where a coordinate is held; return how many are positive beyond rounding."""
+@compile_kernel
+def _simplex_face(y, shift, s, correction, tau, noise, sign, face):
+    """Write -1 where a coordinate is held; return how many are positive beyond rounding. ``noise`` is that of tau."""
     interior = 0
     for j in range(y.shape[0]):
         t = ((y[j] - shift) - s) - correction
-        allowed = _ROUNDING * (min(abs(y[j]), _HUGE) + abs(tau)) + _TINY
+        allowed = _ROUNDING * (min(abs(y[j]), _HUGE) + abs(tau)) + (noise + _TINY)
         face[j] = -1 if t <= sign * allowed else 0
         interior += t > allowed
     return interior
@@ -129,7 +145,7 @@ def _simplex_item(y, low, high, support, nu, face):
             row = -1
             weak = low - positive <= _ROUNDING * (positive + abs(low))
         else:
-            _simplex_face(y, 0.0, 0.0, 0.0, 0.0, sign, face)
+            _simplex_face(y, 0.0, 0.0, 0.0, 0.0, 0.0, sign, face)
             nu[0] = 0.0
             face[n] = 0
             if not support:
@@ -144,6 +160,8 @@ def _simplex_item(y, low, high, support, nu, face):
     if not s < 0.0:
         s = -target
     last = -1
+    count = 0
+    value = 0.0
     step = 0.0
     for taken in range(_MOST_STEPS):
         value, count = _above(y, largest, s)
@@ -155,11 +173,12 @@ def _simplex_item(y, low, high, support, nu, face):
         last = count
         s += step
     tau = largest + (s + step)
+    noise = _ROUNDING * (value + target) / max(count, 1)
     if low < high:
         tau = max(tau, 0.0) if row == 1 else min(tau, 0.0)
-    elif tau < 0.0:
+    elif tau < -noise:
         row = -1
-    interior = _simplex_face(y, largest, s, step, tau, sign, face)
+    interior = _simplex_face(y, largest, s, step, tau, noise, sign, face)
     if interior == 0:
         return 0.0, 0.0, 0.0, False  # a vertex to rounding: the multiplier is a choice
     if weak and support:
@@ -219,7 +238,7 @@ def _value(d, c, a, lower, upper, s):
 
 @inline_kernel
 def _write_edges(d, a, lower, upper, s, direction, edges):
-    """Write ``-direction e``, e where a coordinate leaves its bound as s moves in the direction; -inf if it does not."""
+    """Write ``-direction e``, with e where a coordinate leaves its bound as s goes that way; -inf where it does not."""
     for j in range(d.shape[0]):
         outward = direction * a[j]
         bound = upper[j] if outward > 0.0 else lower[j]
@@ -259,7 +278,7 @@ def _search(d, c, a, lower, upper, unit, target, s, edges):
     gap = 0.0
     slope = 0.0
     size = 0.0
-    noise = 2.220446049250313e-16 * (4.0 + 0.25 * np.sqrt(d.shape[0]))
+    noise = _EPS * (1.0 + 0.0625 * np.sqrt(d.shape[0]))
     for taken in range(_MOST_STEPS):
         if unit:
             value, slope, size = _unit_value(d, lower, upper, s)
@@ -279,7 +298,7 @@ def _search(d, c, a, lower, upper, unit, target, s, edges):
         else:
             edge, beyond = _beyond_flat(d, c, a, lower, upper, s, gap > 0.0, edges)
             if beyond == 0.0:
-                return s, gap, 0.0, size, True  # an extreme point of the box; the target was clamped to its value
+                return s, gap, 0.0, size, True  # an extreme point of the box
             trial = edge + gap / beyond
         if taken >= _PATIENCE:
             if low == -np.inf or high == np.inf:
@@ -294,13 +313,13 @@ def _search(d, c, a, lower, upper, unit, target, s, edges):
     return s, gap, slope, size, False
 
 
-@inline_kernel
+@compile_kernel
 def _unit_shift(v, tau, d):
     for j in range(v.shape[0]):
         d[j] = v[j] - tau
 
 
-@compile_kernel  # and not inline_kernel: reordering would undo the error terms
+@compile_kernel
 def _shift(v, c, a, h, tau, d):
     """Set ``d = v - tau c/h`` to full relative accuracy."""
     for j in range(v.shape[0]):
@@ -311,23 +330,26 @@ def _shift(v, c, a, h, tau, d):
         d[j] = (v[j] - quotient) - np.divide(rest, h[j])
 
 
-@inline_kernel
+@compile_kernel
 def _box_primal(d, a, lower, upper, s, correction, x):
     for j in range(d.shape[0]):
-        x[j] = min(max((d[j] - s * a[j]) - correction * a[j], lower[j]), upper[j])
+        t = d[j] - s * a[j]
+        t -= correction * a[j] if (t > lower[j]) & (t < upper[j]) else 0.0
+        x[j] = min(max(t, lower[j]), upper[j])
 
 
-@inline_kernel
-def _box_face(v, d, c, a, lower, upper, s, correction, tau, sign, face):
+@compile_kernel
+def _box_face(v, d, c, a, lower, upper, s, correction, tau, noise, sign, face):
     """Write where coordinates are held; return how many of the row's are off their bounds beyond rounding."""
     interior = 0
     for j in range(v.shape[0]):
         t = (d[j] - s * a[j]) - correction * a[j]
         size = min(abs(v[j]), _HUGE) + abs(tau * a[j])
+        spread = noise * abs(a[j]) + _TINY
         to_lower = t - lower[j]
         to_upper = upper[j] - t
-        allowed_lower = _ROUNDING * (size + min(abs(lower[j]), _HUGE)) + _TINY
-        allowed_upper = _ROUNDING * (size + min(abs(upper[j]), _HUGE)) + _TINY
+        allowed_lower = _ROUNDING * (size + min(abs(lower[j]), _HUGE)) + spread
+        allowed_upper = _ROUNDING * (size + min(abs(upper[j]), _HUGE)) + spread
         fixed = lower[j] >= upper[j]
         at_upper = (to_upper <= sign * allowed_upper) & (to_upper <= to_lower) | fixed
         at_lower = (to_lower <= sign * allowed_lower) & (to_lower < to_upper)
@@ -383,14 +405,26 @@ def _inspect(v, c, h, lower, upper, allowance):
 
 
 @inline_kernel
-def _start(v, c, a):
-    """Return the tau of the row alone, the box forgotten, or the part of it that is left without infinities."""
-    total = 0.0
+def _start(v, c, a, target):
+    """Return the tau of the row alone, the box forgotten; 0 if there is none."""
+    total = -target
     slope = 0.0
     for j in range(v.shape[0]):
         total += c[j] * v[j]
         slope += c[j] * a[j]
-    return total, slope
+    return total / slope if slope > 0.0 and abs(total) < np.inf else 0.0
+
+
+@inline_kernel
+def _settled(s, shift, slope, size):
+    """Say whether subtracting ``s c/h`` from the shifted point costs no accuracy; the numbers 1e-2 and 1e-8 are ample.
+
+    With free coordinates: it is small beside them. Without: the shift has tau to half the digits, enough to know on
+    which side of their bounds coordinates are. And there is nothing to gain where s is the rounding of the shift.
+    """
+    if abs(s) <= 4.0 * _EPS * abs(shift):
+        return True
+    return abs(s) * slope <= 1e-2 * size if slope > 0.0 else abs(s) <= 1e-8 * abs(shift)
 
 
 @inline_kernel
@@ -407,18 +441,15 @@ def _box_item(v, c, a, h, lower, upper, unit, low, high, support, allowance, d, 
         bottom - high > allowance * (bottom_size + abs(high)) or low - top > allowance * (top_size + abs(low))
     ):
         return _INFEASIBLE
-    high = min(max(high, bottom), top) if equality else max(high, bottom)
-    low = high if equality else min(low, top)
+    # A target that the box misses by rounding needs no care: the search for it ends at the extreme point.
 
     sign = -1.0 if support else 1.0
     target = high
     row = 1
     weak = False  # violated by no more than rounding
-    tau = 0.0
+    s = 0.0
     if equality:
-        total, slope = _start(v, c, a)
-        if slope > 0.0 and abs(total) < np.inf:
-            tau = (total - target) / slope
+        s = _start(v, c, a, target)
     else:
         value, slope, size = _value(v, c, a, lower, upper, 0.0)
         if value > high:
@@ -429,36 +460,49 @@ def _box_item(v, c, a, h, lower, upper, unit, low, high, support, allowance, d, 
             weak = low - value <= _ROUNDING * (size + abs(low))
         else:
             _box_primal(v, a, lower, upper, 0.0, 0.0, x)
-            _box_face(v, v, c, a, lower, upper, 0.0, 0.0, 0.0, sign, face)
+            _box_face(v, v, c, a, lower, upper, 0.0, 0.0, 0.0, 0.0, sign, face)
             nu[0] = 0.0
             face[n] = 0
             if not support:
                 face[n] = _row_at(value, size, low, high)
             return _SOLVED
 
-    tau, gap, slope, size, found = _search(v, c, a, lower, upper, unit, target, tau, edges)
-    if unit:
-        _unit_shift(v, tau, d)
-    else:
-        _shift(v, c, a, h, tau, d)
-    s, gap, slope, size, found = _search(d, c, a, lower, upper, unit, target, 0.0, edges)
-    if not found or not abs(gap) <= 1e-9 * (size + abs(target)):
-        return _NOT_CONVERGED
+    shift = 0.0
+    gap = 0.0
+    slope = 0.0
+    size = 0.0
+    _unit_shift(v, shift, d)
+    for taken in range(_MOST_SHIFTS):
+        s, gap, slope, size, found = _search(d, c, a, lower, upper, unit, target, s, edges)
+        if not found or taken == _MOST_SHIFTS - 1:
+            return _NOT_CONVERGED
+        if _settled(s, shift, slope, size + abs(target)):
+            break
+        shift += s
+        s = 0.0
+        if unit:
+            _unit_shift(v, shift, d)
+        else:
+            _shift(v, c, a, h, shift, d)
     correction = gap / slope if slope > 0.0 else 0.0
-    tau += s + correction
+    noise = _ROUNDING * (size + abs(target)) / slope if slope > 0.0 else 0.0
+    tau = shift + (s + correction)
+    if not np.isfinite(tau):
+        return _NOT_CONVERGED  # data near the largest numbers
     if not equality:
         tau = max(tau, 0.0) if row == 1 else min(tau, 0.0)
     _box_primal(d, a, lower, upper, s, correction, x)
-    interior = _box_face(v, d, c, a, lower, upper, s, correction, tau, sign, face)
+    interior = _box_face(v, d, c, a, lower, upper, s, correction, tau, noise, sign, face)
     if interior == 0:
         tau = _vertex_multiplier(v, c, a, lower, upper, x, tau)
+        noise = 0.0
         _shift(v, c, a, h, tau, d)
-        _box_face(v, d, c, a, lower, upper, 0.0, 0.0, tau, sign, face)
+        _box_face(v, d, c, a, lower, upper, 0.0, 0.0, tau, noise, sign, face)
     if support and not equality and (weak or tau == 0.0):
         tau = 0.0
         row = 0
     elif equality:
-        row = -1 if tau < 0.0 else 1
+        row = -1 if tau < -noise else 1
     nu[0] = tau
     face[n] = row
     return _SOLVED
@@ -484,6 +528,17 @@ def _all_equal(source, b, number):
     for j in range(row.shape[0]):
         other += row[j] != number
     return other == 0
+
+
+@inline_kernel
+def _rows_of_ones(n):
+    """Return eight work arrays."""
+    if n < 4096:
+        return np.ones(n), np.ones(n), np.ones(n), np.ones(n), np.ones(n), np.ones(n), np.ones(n), np.ones(n)
+    # The allocator keeps one large block for the next call; several it gives back, and new pages are slow. Small rows
+    # are apart because they share a count of references otherwise, which costs 0.1 us per item.
+    block = np.ones((8, n))
+    return block[0], block[1], block[2], block[3], block[4], block[5], block[6], block[7]
 
 
 @inline_kernel
@@ -526,6 +581,8 @@ def budget_items(
     primal, multipliers, face, status,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Project items on ``{lower <= x <= upper, low <= c'x <= high}``; arrays of shape (1, 0) are absent."""
+    if start >= stop:
+        return  # an empty batch has no row that items could share
     n = point.shape[1]
     unit = weight.shape[1] == 0 and coefficients.shape[1] == 0
     simplex = unit and lower.shape[1] > 0
@@ -536,14 +593,9 @@ def budget_items(
             return  # before the arrays below exist: a large simplex would mostly wait for their pages
     else:
         status[start:stop:step] = _TO_DO
-    v = np.empty(n)
-    d = np.empty(n)
-    edges = np.empty(n)
-    h = np.ones(n)
-    c = np.ones(n)
-    a = np.ones(n)
-    least = np.full(n, -np.inf)
-    most = np.full(n, np.inf)
+    v, d, edges, h, c, a, least, most = _rows_of_ones(n)
+    least[:] = -np.inf
+    most[:] = np.inf
     _fill(weight, 0, h)
     _fill(coefficients, 0, c)
     _divide(c, h, a)
@@ -585,10 +637,11 @@ def _restore_signs(v, x):
         x[j] = 0.0 - x[j] if v[j] < 0.0 else x[j]
 
 
-@inline_kernel
+@compile_kernel
 def _l1_primal(v, shift, s, correction, x):
     for j in range(v.shape[0]):
-        t = max(((abs(v[j]) - shift) - s) - correction, 0.0)
+        t = (abs(v[j]) - shift) - s
+        t = max(t - correction, 0.0) if t > 0.0 else 0.0
         x[j] = 0.0 - t if v[j] < 0.0 else t
 
 
@@ -621,6 +674,8 @@ def l1_items(
     start, stop, step, point, weight, coefficients, rhs, support, allowance, primal, multipliers, face, status
 ):  # type: ignore[no-untyped-def]
     """Project items on ``{sum_j c_j |x_j| <= r}``; arrays of shape (1, 0) are absent."""
+    if start >= stop:
+        return  # an empty batch has no row that items could share
     n = point.shape[1]
     unit = weight.shape[1] == 0 and coefficients.shape[1] == 0
     if unit:
@@ -628,14 +683,9 @@ def l1_items(
             return
     else:
         status[start:stop:step] = _TO_DO
-    v = np.empty(n)
-    d = np.empty(n)
-    edges = np.empty(n)
-    h = np.ones(n)
-    c = np.ones(n)
-    a = np.ones(n)
-    zeros = np.zeros(n)
-    infinities = np.full(n, np.inf)
+    v, d, edges, h, c, a, zeros, infinities = _rows_of_ones(n)
+    zeros[:] = 0.0
+    infinities[:] = np.inf
     _fill(weight, 0, h)
     _fill(coefficients, 0, c)
     _divide(c, h, a)
@@ -732,6 +782,8 @@ def _set_bounds(rhs_bounds, b, u):
 @compile_kernel
 def budget_kkt(start, stop, step, face, weight, coefficients, rhs_primal, rhs_rows, rhs_bounds, primal, rows, bounds):  # type: ignore[no-untyped-def]
     """Solve the KKT systems of budget faces; arrays of shape (1, 0) are absent."""
+    if start >= stop:
+        return
     n = rhs_primal.shape[1]
     unit = weight.shape[1] == 0 and coefficients.shape[1] == 0
     work = np.ones((3, 0 if unit else n))
@@ -775,6 +827,8 @@ def _l1_normal(c, sign, normal, held):
 @compile_kernel
 def l1_kkt(start, stop, step, face, weight, coefficients, rhs_primal, rhs_rows, rhs_bounds, primal, rows, bounds):  # type: ignore[no-untyped-def]
     """Solve the KKT systems of faces of the l1 ball; arrays of shape (1, 0) are absent."""
+    if start >= stop:
+        return
     n = rhs_primal.shape[1]
     work = np.ones((4, n))
     h, c, inverse, normal = work[0], work[1], work[2], work[3]

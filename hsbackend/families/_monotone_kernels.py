@@ -2,12 +2,12 @@
 
     minimise  1/2 sum_j h_j (x_j - v_j)^2   subject to   low <= x_1 <= ... <= x_n <= high
 
-has the solution ``x = clip(y, low, high)`` with y the solution without bounds: constant on blocks, with the weighted mean
-of v on each. Pool adjacent violators with a stack finds the blocks in O(n); a second pass takes the means again around
+has the solution ``x = clip(y, low, high)`` with y the solution without bounds: constant on blocks, the weighted mean of
+v on each. Pooling adjacent violators with a stack finds the blocks in O(n); a second pass takes the means again around
 the first ones, so that long sums cost no digits, and pools what is left to rounding.
 
-The multiplier of ``x_i <= x_{i+1}`` is ``z_i = sum_{j <= i} h_j (v_j - x_j)`` over the block, which tells the chain rows
-that hold by force from those that happen to be tight.
+The multiplier of ``x_i <= x_{i+1}`` is ``z_i = sum_{j <= i} h_j (v_j - x_j)`` over the block; it tells the rows of the
+chain that hold by force from those that happen to be tight.
 
 Sources: Ayer, Brunk, Ewing, Reid and Silverman, "An empirical distribution function for sampling with incomplete
 information" (1955); Best and Chakravarti, "Active set algorithms for isotonic regression" (1990).
@@ -242,7 +242,7 @@ def monotone_items(
                     block += 0 if tie[i] else 1
         else:
             for k in range(count):
-                if k == below or k == above:
+                if k in (below, above):
                     block += 1 if k > 0 else 0
                 elif below < k < above:
                     block += 0 if level[k] - level[k - 1] <= _ROUNDING * (size[k] + size[k - 1]) else 1

@@ -5,7 +5,7 @@
 has the solution ``X = max(T, 0)``, ``T_ij = V_ij - (a_i + b_j)/h_ij``, with multipliers (a, b) that minimise a convex
 piecewise quadratic function. The multipliers of the longer side ("rows" below, whatever side they are) are eliminated:
 for given b every row is balanced exactly, a scan per Newton step of one unknown. What is left, the semi-dual in b, has
-the gradient ``r = c - X'1`` and the generalised Hessian
+the gradient ``c - X'1`` and the generalised Hessian
 
     S = D_c - M'D_r^-1 M,      M_ij = 1/h_ij where T_ij > 0 and 0 elsewhere,   D_r = Diag(M 1),   D_c = Diag(M'1),
 
@@ -17,11 +17,16 @@ multipliers may move component by component without changing X: shortest paths (
 a deficit are the steepest move that holds, and open one entry for every component on the way. Without it Newton's
 method stalls where marginals are small against the spread of V, that is next to linear assignment.
 
+What Newton's method has not finished follows a path: with R the residual of the current point, the solutions for the
+marginals ``(r, c) + (1 - s) R`` are piecewise linear in s. From s = 0 to 1 one entry after the other changes between
+free and held, a few times the number of lines in all: finite, however the weights are.
+
 T itself is kept and moved, not computed from a and b: X is exact to rounding also where V and the multipliers are many
 orders larger than the marginals.
 
 Sources: Li, Sun and Toh, "On the efficient computation of a generalized Jacobian of the projector over the Birkhoff
-polytope" (2020) for the Newton method on the dual; Grassmann, Taksar and Heyman, "Regenerative analysis and steady
+polytope" (2020) for the Newton method on the dual; Best, "An algorithm for the solution of the parametric quadratic
+programming problem" (1996) for the path; Grassmann, Taksar and Heyman, "Regenerative analysis and steady
 state distributions for Markov chains" (1985) for elimination without subtractions; Edmonds and Karp, "Theoretical
 improvements in algorithmic efficiency for network flow problems" (1972) for shortest paths as a move of potentials.
 """
@@ -43,8 +48,11 @@ _EPS = 2.220446049250313e-16
 _ROUNDING = 16.0 * _EPS
 #: Value of an entry just opened by a shortest path: positive, so that it counts as free, and nothing otherwise.
 _OPEN = 1e-290
-#: Newton steps. Measured on 200,000 random and degenerate problems: at most 120, typically 2 (4 x 4) to 10 (64 x 64).
-_MOST_STEPS = 1000
+#: Newton steps before the path is followed instead, and one more per line. Typical are 2 (4 x 4) to 10 (64 x 64);
+#: weights that differ by many orders take more, because there the line search stops at one kink after the other.
+_PATIENCE = 30
+#: Steps for which the residual may stay at a rounding without getting smaller.
+_STALLED = 10
 #: Trials of a line search, regula falsi with a bisection every third time: enough for any bracket of doubles.
 _MOST_TRIALS = 60
 
@@ -53,8 +61,7 @@ _MOST_TRIALS = 60
 def _balance_rows(table, inverse, supply, a, lean, d, length, rows, columns, trial, a_trial, residual):
     """Move along (lean, d), then every row's own multiplier until the row sums to its supply.
 
-    ``trial = T - (length (lean_i + d_j) + move_i)/h``; sets the column sums of its positive part in ``residual``, minus
-    nothing: the caller subtracts the demand.
+    ``trial = T - (length (lean_i + d_j) + move_i)/h``, and ``residual`` gets the column sums of its positive part.
     """
     for j in range(columns):
         residual[j] = 0.0
@@ -247,8 +254,37 @@ def _connect(table, inverse, a, b, surplus, rounding, rows, columns, label, slac
 
 
 @inline_kernel
+def _first_change(table, inverse, lean, d, rounding, rows, columns):
+    """Move T along (lean, d) until an entry changes between free and held, and change it; return how far, 1 at most."""
+    length = 1.0
+    row = -1
+    column = -1
+    for i in range(rows):
+        for j in range(columns):
+            rate = -(lean[i] + d[j]) * inverse[i, j]
+            # What only carries rounding stays as it is, or ties would go to and fro.
+            noise = 1e-13 * (abs(lean[i]) + abs(d[j])) * inverse[i, j] + rounding
+            t = table[i, j]
+            if (rate < -noise and t > 0.0 and -t > length * rate) or (
+                rate > noise and not t > 0.0 and -t < length * rate
+            ):
+                length = -t / rate
+                row = i
+                column = j
+    opens = row >= 0 and not table[row, column] > 0.0
+    for i in range(rows):
+        for j in range(columns):
+            t = table[i, j]
+            moved = t - length * (lean[i] + d[j]) * inverse[i, j]
+            table[i, j] = max(moved, _OPEN) if t > 0.0 else min(moved, 0.0)
+    if row >= 0:
+        table[row, column] = _OPEN if opens else 0.0
+    return length if row >= 0 else 1.0
+
+
+@inline_kernel
 def _start(table, inverse, supply, demand, rows, columns, a, b):
-    """Ignore the signs: one pass over rows and columns, exact for unit weights. Tell whether every line has an entry."""
+    """Ignore ``X >= 0``: one pass, exact for unit weights. Return whether every line has an entry."""
     for i in range(rows):
         slope = 0.0
         excess = -supply[i]
@@ -294,7 +330,7 @@ def _dot(x, y, count):
 
 @inline_kernel
 def _newton(
-    current, trial, inverse, supply, demand, rows, columns, allowance, a, a_trial, b, d, lean, y, residual,
+    current, trial, inverse, supply, demand, rows, columns, allowance, patience, a, a_trial, b, d, lean, y, residual,
     residual_trial, pivot, graph, degree, free, label, slack, link, distance, parent, state,
 ):  # fmt: skip
     """Solve one item from the start in ``current``; return its outcome and whether T ended in ``trial``."""
@@ -304,30 +340,48 @@ def _newton(
     for i in range(rows):
         total += supply[i]
         scale = max(scale, supply[i])
-        lean[i] = 0.0
     for j in range(columns):
         scale = max(scale, demand[j])
-        d[j] = 0.0
     rounding = 16.0 * _EPS * total
     good = 16.0 * _EPS * scale
     bearable = 4.0 * rounding
-    _balance_rows(table, inverse, supply, a, lean, d, 0.0, rows, columns, table, a, residual)
-    for j in range(columns):
-        residual[j] -= demand[j]
     norm_before = np.inf
     stalled = 0
+    length = 1.0
     swapped = False
-    for _step in range(_MOST_STEPS):
+    unbalanced = True
+    for step in range(1000 + 20 * (rows + columns)):
+        if unbalanced:
+            for i in range(rows):
+                lean[i] = 0.0
+            for j in range(columns):
+                d[j] = 0.0
+            _balance_rows(table, inverse, supply, a, lean, d, 0.0, rows, columns, table, a, residual)
+            for j in range(columns):
+                residual[j] -= demand[j]
+            unbalanced = False
         norm = _largest(residual, columns)
-        stalled = stalled + 1 if norm <= bearable and norm > 0.5 * norm_before else 0
-        if norm <= good or stalled == 10:
+        if norm > 0.5 * norm_before and length == 1.0:
+            stalled += 1 if norm <= bearable else 0
+        else:
+            stalled = 0
+        if norm <= good or stalled == _STALLED:
             return _SOLVED, swapped
         norm_before = norm
+        following = step >= patience
         for _round in range(columns):  # every round joins components
             _conductances(table, inverse, rows, columns, graph, degree, free)
             _factor(graph, columns, pivot)
             for j in range(columns):
                 y[j] = residual[j]
+            for i in range(rows):
+                lean[i] = 0.0
+                if following:  # rows are balanced to rounding only
+                    for j in range(columns):
+                        lean[i] += max(table[i, j], 0.0)
+                    lean[i] -= supply[i]
+                    for j in range(columns):
+                        y[j] -= inverse[i, j] * lean[i] / degree[i] if table[i, j] > 0.0 else 0.0
             _forward(graph, columns, pivot, y)
             balanced = True
             for k in range(columns):
@@ -345,10 +399,23 @@ def _newton(
                 bearable = max(bearable, 4.0 * stuck)
         _backward(graph, columns, pivot, y, d)
         for i in range(rows):
-            push = 0.0
             for j in range(columns):
-                push += inverse[i, j] * d[j] if table[i, j] > 0.0 else 0.0
-            lean[i] = -push / degree[i]
+                lean[i] -= inverse[i, j] * d[j] if table[i, j] > 0.0 else 0.0
+            lean[i] /= degree[i]
+        if following:
+            length = _first_change(table, inverse, lean, d, 64.0 * _EPS * scale, rows, columns)
+            for j in range(columns):
+                b[j] += length * d[j]
+                residual[j] = -demand[j]
+            unbalanced = length == 1.0
+            for i in range(rows):
+                a[i] += length * lean[i]
+                any_free = False
+                for j in range(columns):
+                    residual[j] += max(table[i, j], 0.0)
+                    any_free = any_free or table[i, j] > 0.0
+                unbalanced = unbalanced or not any_free  # a supply of the size of a rounding
+            continue
         slope_start = _dot(residual, d, columns)
         length = 1.0
         near = 0.0
@@ -383,7 +450,7 @@ def _newton(
             a[i] = a_trial[i]
         for j in range(columns):
             b[j] += length * d[j]
-    return _NOT_CONVERGED, swapped
+    return _SOLVED if norm_before <= bearable else _NOT_CONVERGED, swapped
 
 
 @compile_kernel
@@ -475,7 +542,8 @@ def transport_items(
                     supply[i] *= 0.5 * (supplied + demanded) / supplied
                 for j in range(columns):
                     demand[j] *= 0.5 * (supplied + demanded) / demanded
-            # With weights the way may lead through multipliers far larger than those it ends at: start again from there.
+            # With weights the way may lead through multipliers far larger than those it ends at: start again there, on
+            # the path, which makes no detours.
             for attempt in range(2 if weighted else 1):
                 for i in range(most_rows):
                     p = rows_used[i]
@@ -489,13 +557,14 @@ def transport_items(
                                     inverse[p, q] = 1.0 / h[e]
                                 if attempt > 0:
                                     first[p, q] -= (a[p] + b[q]) * inverse[p, q]
+                patience = 0 if attempt > 0 else _PATIENCE + rows + columns
                 if attempt == 0 and not _start(first, inverse, supply, demand, rows, columns, a, b):
                     outcome = _INFEASIBLE
                 if outcome == _SOLVED:
                     outcome, swapped = _newton(
-                        first, second, inverse, supply, demand, rows, columns, allowance, a, a_trial, b, d, lean, y,
-                        residual, residual_trial, pivot, graph, degree, free, label, slack, link, distance, parent,
-                        state,
+                        first, second, inverse, supply, demand, rows, columns, allowance, patience, a, a_trial, b, d,
+                        lean, y, residual, residual_trial, pivot, graph, degree, free, label, slack, link, distance,
+                        parent, state,
                     )  # fmt: skip
         status[item] = outcome
         if outcome != _SOLVED:

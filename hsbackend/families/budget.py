@@ -64,8 +64,9 @@ def solve(
     multipliers = np.empty((batch, 1), dtype)
     face = np.empty((batch, n + 1), np.int8)
     status = np.empty(batch, np.int8)
+    work = (4.0 if weight is None and coefficients is None and upper is None else 15.0) * n
     for_each_item(
-        budget_items, batch, 24.0 * n, point, present(weight, dtype), present(coefficients, dtype),
+        budget_items, batch, work, point, present(weight, dtype), present(coefficients, dtype),
         present(rhs, dtype), present(lower, dtype), present(upper, dtype), choice == "support", ALLOWANCE[dtype],
         primal, multipliers, face, status,
     )  # fmt: skip
@@ -97,7 +98,7 @@ def kkt(
     w = np.empty((batch, 1), dtype)
     wb = np.empty((batch, n), dtype)
     for_each_item(
-        budget_kkt, batch, 6.0 * n, face, present(weight, dtype), present(coefficients, dtype),
+        budget_kkt, batch, 2.0 * n, face, present(weight, dtype), present(coefficients, dtype),
         np.ascontiguousarray(rhs_primal), present(rhs_rows, dtype), present(rhs_bounds, dtype), u, w, wb,
     )  # fmt: skip
     return FamilyKKT(u, w, wb)

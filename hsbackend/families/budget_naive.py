@@ -1,9 +1,9 @@
-"""Twin of :mod:`hsbackend.families.budget` in plain PyTorch: sort every breakpoint, solve on the piece that holds the root.
+"""Twin of :mod:`hsbackend.families.budget` in plain PyTorch: sort the breakpoints, solve on the piece with the root.
 
     phi(tau) = c'clip(v - tau c/h, lower, upper)
 
-is linear between neighbouring numbers of the list of all ``h_j (v_j - lower_j) / c_j`` and ``h_j (v_j - upper_j) / c_j``.
-One item at a time, in float64, by the definitions: slow and obviously right for data of ordinary scale.
+is linear between neighbours in the list of all ``h_j (v_j - lower_j) / c_j`` and ``h_j (v_j - upper_j) / c_j``. One
+item at a time, in float64, by the definitions: slow and obviously right for data of ordinary scale.
 """
 
 from __future__ import annotations
@@ -146,22 +146,32 @@ def root_of(item: Item, target: float) -> float:
     slope = float((item.c * slopes)[(t > item.lower) & (t < item.upper)].sum())
     if slope == 0.0:  # phi jumps over the target by rounding only
         return edges[min(right, len(edges) - 1)]
-    return inside + (row_of(item, inside) - target) / slope
+    tau = inside + (row_of(item, inside) - target) / slope
+    return tau + (row_of(item, tau) - target) / slope  # once more, in case `inside` was far away
 
 
-def nearest_bounds(item: Item, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return distances to the bounds at tau, before clipping, and what of each is rounding."""
+def noise_of(item: Item, tau: float, target: float) -> float:
+    """Return what of tau is rounding: that of the row, divided by the slope of phi; 0 at a vertex."""
+    t = item.v - tau * item.c / item.h
+    slope = float((item.c**2 / item.h)[(t > item.lower) & (t < item.upper)].sum())
+    size = float((item.c * primal_of(item, tau)).abs().sum()) + abs(target)
+    return ROUNDING * size / slope if slope > 0 else 0.0
+
+
+def nearest_bounds(item: Item, tau: float, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return distances to the bounds at tau, before clipping, and what of each is rounding; noise is that of tau."""
     shift = tau * item.c / item.h
     t = item.v - shift
+    spread = noise * (item.c / item.h).abs()
     size = item.v.abs().clamp(max=1e300) + shift.abs()
-    lower_noise = ROUNDING * (size + item.lower.abs().clamp(max=1e300))
-    upper_noise = ROUNDING * (size + item.upper.abs().clamp(max=1e300))
+    lower_noise = ROUNDING * (size + item.lower.abs().clamp(max=1e300)) + spread
+    upper_noise = ROUNDING * (size + item.upper.abs().clamp(max=1e300)) + spread
     return t - item.lower, item.upper - t, lower_noise, upper_noise
 
 
-def coordinates_face(item: Item, tau: float, choice: Choice) -> Tensor:
+def coordinates_face(item: Item, tau: float, noise: float, choice: Choice) -> Tensor:
     """Return -1, 0, 1 per coordinate: at or beyond its bound to rounding ("active"), or surely beyond ("support")."""
-    above, below, lower_noise, upper_noise = nearest_bounds(item, tau)
+    above, below, lower_noise, upper_noise = nearest_bounds(item, tau, noise)
     at_lower = above <= lower_noise if choice == "active" else above < -lower_noise
     at_upper = below <= upper_noise if choice == "active" else below < -upper_noise
     face = torch.zeros(len(item.v), dtype=torch.int8)
@@ -203,23 +213,25 @@ def project(item: Item, choice: Choice) -> tuple[Tensor, float, Tensor]:
     if not equality:
         tau = max(tau, 0.0) if value > item.high else min(tau, 0.0)
     x = primal_of(item, tau)
+    noise = noise_of(item, tau, item.high if tau > 0 or equality else item.low) if equality or tau != 0.0 else 0.0
 
     to_high = abs(value - item.high) <= ROUNDING * (size + abs(item.high)) and abs(item.high) < torch.inf
     to_low = abs(value - item.low) <= ROUNDING * (size + abs(item.low)) and abs(item.low) < torch.inf
-    if equality or tau != 0.0:
+    if equality:
+        row = -1 if tau < -noise else 1
+    elif tau != 0.0:
         row = -1 if tau < 0 else 1
     elif to_high and (not to_low or item.high - value <= value - item.low):
         row = 1
     else:
         row = -1 if to_low else 0
     in_row = (item.c != 0) & (item.lower < item.upper)
-    if row != 0 and (coordinates_face(item, tau, "active")[in_row] != 0).all() and (equality or tau != 0.0):
-        tau = vertex_multiplier(item, x, tau)
-        row = 1 if equality and tau == 0.0 else row
-        row = (1 if tau > 0 else -1) if tau != 0.0 else row
+    if (equality or tau != 0.0) and (coordinates_face(item, tau, noise, "active")[in_row] != 0).all():
+        tau, noise = vertex_multiplier(item, x, tau), 0.0
+        row = (1 if tau >= 0 else -1) if equality else row
     if not equality and choice == "support" and (tau == 0.0 or to_high or to_low):
         tau, row = 0.0, 0
-    face = torch.cat([coordinates_face(item, tau, choice), torch.tensor([row], dtype=torch.int8)])
+    face = torch.cat([coordinates_face(item, tau, noise, choice), torch.tensor([row], dtype=torch.int8)])
     return x, tau, face
 
 
@@ -267,14 +279,6 @@ def kkt(
     for b in range(batch):
         normal = item_of(coefficients, b, n, 1.0) if face[b, n] != 0 else None
         r = 0.0 if rhs_rows is None else float(rhs_rows[b, 0])
-        items.append(
-            kkt_item(
-                face[b, :n] != 0,
-                normal,
-                item_of(weight, b, n, 1.0),
-                rhs_primal[b].double(),
-                r,
-                item_of(rhs_bounds, b, n, 0.0),
-            )  # fmt: skip
-        )
+        h, g, r_bound = item_of(weight, b, n, 1.0), rhs_primal[b].double(), item_of(rhs_bounds, b, n, 0.0)
+        items.append(kkt_item(face[b, :n] != 0, normal, h, g, r, r_bound))
     return stack(items, n)

@@ -42,7 +42,8 @@ def solve(
     Returns:
         One multiplier nu >= 0 per item. The face is int8 (B, n + 1): per coordinate the sign of x, last the row: 1
         tight, and then coordinates of sign 0 are held at zero; 0 slack, and then every coordinate is free. With
-        "support" a coordinate that just reaches zero, without a multiplier of its own, keeps the sign of v.
+        "active" a coordinate within rounding of zero has sign 0, with "support" one that just reaches zero, without a
+        multiplier of its own, keeps the sign of v.
 
     Raises:
         UnsupportedProblemError: if bounds are given.
@@ -57,8 +58,9 @@ def solve(
     multipliers = np.empty((batch, 1), dtype)
     face = np.empty((batch, n + 1), np.int8)
     status = np.empty(batch, np.int8)
+    work = (4.0 if weight is None and coefficients is None else 15.0) * n
     for_each_item(
-        l1_items, batch, 24.0 * n, point, present(weight, dtype), present(coefficients, dtype), present(rhs, dtype),
+        l1_items, batch, work, point, present(weight, dtype), present(coefficients, dtype), present(rhs, dtype),
         choice == "support", ALLOWANCE[dtype], primal, multipliers, face, status,
     )  # fmt: skip
     return FamilySolution(primal, multipliers, face, status)
@@ -89,7 +91,7 @@ def kkt(
     w = np.empty((batch, 1), dtype)
     wb = np.empty((batch, n), dtype)
     for_each_item(
-        l1_kkt, batch, 8.0 * n, face, present(weight, dtype), present(coefficients, dtype),
+        l1_kkt, batch, 2.0 * n, face, present(weight, dtype), present(coefficients, dtype),
         np.ascontiguousarray(rhs_primal), present(rhs_rows, dtype), present(rhs_bounds, dtype), u, w, wb,
     )  # fmt: skip
     return FamilyKKT(u, w, wb)

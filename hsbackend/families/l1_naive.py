@@ -49,9 +49,6 @@ def kkt(
         held = (face[b, :n] == 0) & tight
         normal = item_of(coefficients, b, n, 1.0) * face[b, :n] if tight else None
         r = 0.0 if rhs_rows is None else float(rhs_rows[b, 0])
-        items.append(
-            kkt_item(
-                held, normal, item_of(weight, b, n, 1.0), rhs_primal[b].double(), r, item_of(rhs_bounds, b, n, 0.0)
-            )
-        )
+        h, g, r_bound = item_of(weight, b, n, 1.0), rhs_primal[b].double(), item_of(rhs_bounds, b, n, 0.0)
+        items.append(kkt_item(held, normal, h, g, r, r_bound))
     return stack(items, n)

@@ -2,9 +2,9 @@
 
     minimise  1/2 sum_j h_j (x_j - v_j)^2   subject to   low <= x_1 <= x_2 <= ... <= x_n <= high
 
-The solution is constant on blocks: the weighted mean of v, clipped. Two rows have multipliers, ``x_1 >= low`` with
-``nu_0 = sum h (v - x) <= 0`` over the first block if it is held there, and ``x_n <= high`` with ``nu_1 >= 0``, the same over
-the last; the rows of the chain have none here. A face is the blocks and whether the first and the last are held; on it
+The solution is constant on blocks: the weighted mean of v, clipped. Two rows have multipliers: ``x_1 >= low`` with
+``nu_0 = sum h (v - x) <= 0`` over the first block if it is held there, and ``x_n <= high`` with ``nu_1 >= 0``, the same
+over the last; the rows of the chain have none here. A face is the blocks and whether the first and the last are held:
 
     u = sum g / sum h over a free block,   u = r_0, w_0 = sum (g - h r_0) over a held first block, and so on.
 
@@ -43,9 +43,9 @@ def solve(
             ties and holds only what a positive multiplier ties and holds.
 
     Returns:
-        Multipliers (B, 2) of ``x_1 >= low`` (never positive) and ``x_n <= high`` (never negative). Face int32 (B, n + 2):
-        block of each coordinate from 0 upwards, then whether the first block is held at low and the last at high. With
-        low == high there is one block, held twice.
+        Multipliers (B, 2) of ``x_1 >= low`` (never positive) and ``x_n <= high`` (never negative). The face is int32
+        (B, n + 2): block of each coordinate from 0 upwards, then whether the first block is held at low and the last
+        at high. With low == high there is one block, held twice.
 
     Raises:
         UnsupportedProblemError: coefficients or bounds per coordinate were given.
@@ -55,7 +55,7 @@ def solve(
     """
     if coefficients is not None or lower is not None or upper is not None:
         raise UnsupportedProblemError(
-            "A monotone chain got coefficients or bounds per coordinate; expected None, its bounds are rhs = (low, high)."
+            "coefficients or bounds per coordinate were given with a monotone chain; pass None, its bounds are `rhs`"
         )
     batch, n = point.shape
     dtype = point.dtype

@@ -2,11 +2,13 @@
 
     x_i = clip( max_{s <= i} min_{t >= i} mean_h(v_s ... v_t), low, high )
 
-(the min-max formula of isotonic regression; Barlow, Bartholomew, Bremner and Brunk, "Statistical Inference under Order
-Restrictions", 1972, section 1.4), O(n^2) memory. The KKT solve on a face writes the rows out and takes a pseudo-inverse.
+in O(n^2) memory (the min-max formula of isotonic regression; Barlow, Bartholomew, Bremner and Brunk, "Statistical
+Inference under Order Restrictions", 1972). The KKT solve on a face writes the rows out and takes a pseudo-inverse.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def solve(
     point: Tensor, weight: Tensor | None, coefficients: Tensor | None, rhs: Tensor,
     lower: Tensor | None, upper: Tensor | None, shape: tuple[int, ...], choice: Choice,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Project item by item; return primal, multipliers, face and status as :func:`monotone.solve` does."""
+    """Project; return primal, multipliers, face and status as :func:`monotone.solve` does."""
     batch, n = point.shape
     v = point.double()
     h = torch.ones_like(v) if weight is None else weight.double().expand(batch, n)
@@ -31,6 +33,7 @@ def solve(
     multipliers = torch.full((batch, 2), torch.nan, dtype=torch.float64)
     face = torch.zeros((batch, n + 2), dtype=torch.int32)
     status = torch.empty(batch, dtype=torch.int8)
+    unbounded = _isotonic(v, h)
     for b in range(batch):
         low, high = limits[b]
         if not (v[b].isfinite().all() and h[b].isfinite().all() and (h[b] > 0).all()) or limits[b].isnan().any():
@@ -40,7 +43,7 @@ def solve(
             status[b] = Status.INFEASIBLE
             continue
         status[b] = Status.SOLVED
-        primal[b] = _isotonic(v[b], h[b]).clamp(low, high)
+        primal[b] = unbounded[b].clamp(low, high)
         multipliers[b], face[b] = _multipliers_and_face(v[b], h[b], primal[b], low, high, choice)
     return primal, multipliers, face, status
 
@@ -79,14 +82,14 @@ def kkt(
 
 
 def _isotonic(v: Tensor, h: Tensor) -> Tensor:
-    """Evaluate the min-max formula, (n,)."""
-    n = len(v)
+    """Evaluate the min-max formula, (B, n)."""
+    n = v.shape[1]
     upper = torch.ones(n, n, dtype=torch.bool).triu()  # [s, t] with s <= t
-    masses = torch.where(upper, h, 0.0).cumsum(1)
-    sums = torch.where(upper, h * v, 0.0).cumsum(1)
+    masses = torch.where(upper, h[:, None], 0.0).cumsum(2)
+    sums = torch.where(upper, (h * v)[:, None], 0.0).cumsum(2)
     means = torch.where(upper, sums / masses, torch.inf)
-    least = means.flip(1).cummin(1).values.flip(1)  # [s, i]: min over t >= i
-    return torch.where(upper, least, -torch.inf).max(0).values
+    least = means.flip(2).cummin(2).values.flip(2)  # [s, i]: min over t >= i
+    return torch.where(upper, least, -torch.inf).amax(1)
 
 
 def _multipliers_and_face(
@@ -108,7 +111,7 @@ def _multipliers_and_face(
     tied = torch.ones(n - 1, dtype=torch.bool)
     tied[cuts - 1] = False
     if choice == "support":
-        for first, last in zip(ends[:-1], ends[1:], strict=True):
+        for first, last in pairwise(ends):
             pull = nu_low if first == 0 else torch.zeros(())  # z_i = sum_{j <= i} h_j (v_j - x_j) - nu_low
             tied[first : last - 1] &= (force[first : last - 1].cumsum(0) - pull) > size * h.sum()
         at_low, at_high = bool(-nu_low > size * h.sum()), bool(nu_high > size * h.sum())

@@ -6,7 +6,7 @@
 
 A face says which entries are free; on it, with M_ij = 1/h_ij on free entries and 0 elsewhere,
 
-    u_ij = (g_ij - a_i - b_j)/h_ij on free entries,   [Diag(M 1)  M; M'  Diag(M'1)] [a; b] = [(M*g) 1 - r_1; (M*g)'1 - r_2],
+    [Diag(M 1)  M; M'  Diag(M'1)] [a; b] = [(M*g) 1 - r_1; (M*g)'1 - r_2],    u = M * (g - a 1' - 1 b'),
 
 which is singular, with one null vector (1, -1) per connected component of the free entries; (a, b) is the solution of
 least norm.
@@ -55,7 +55,9 @@ def solve(
         marginals that differ by rounding are both moved to their mean.
     """
     if coefficients is not None or lower is not None or upper is not None:
-        raise UnsupportedProblemError("A transport polytope got coefficients or bounds; expected None, it has X >= 0 only.")
+        raise UnsupportedProblemError(
+            "coefficients or bounds were given with a transport polytope, which has X >= 0 only; pass None"
+        )
     k1, k2 = shape
     batch = len(point)
     dtype = point.dtype

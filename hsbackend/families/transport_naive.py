@@ -52,7 +52,7 @@ def solve(
         z = h[b] * (primal[b] - v[b]) + _rows(shape).T @ found[1]
         z = torch.where(allowed, z, torch.inf)
         size = _TOLERANCE * (v[b][allowed].abs().max() + marginals[b].max())
-        face[b] = (z <= size * h[b]) if choice == "support" else (primal[b] > size)
+        face[b] = (z <= size * h[b].max()) if choice == "support" else (primal[b] > size)
     return primal, multipliers, face, status
 
 
@@ -99,15 +99,19 @@ def _saddle(h: Tensor, rows: Tensor, g: Tensor, r: Tensor) -> tuple[Tensor, Tens
 def _project(v: Tensor, h: Tensor, rows: Tensor, marginals: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return X and (a, b), or None where no X >= 0 has these marginals."""
     affine, _ = _saddle(h, rows, h * v, marginals)
-    if (rows @ affine - marginals).abs().max() > 1e-9 * marginals.abs().max():
+    affine += _saddle(h, rows, torch.zeros_like(v), marginals - rows @ affine)[0]  # V may be far larger than marginals
+    size = v.abs().max() + marginals.abs().max()
+    if (rows @ affine - marginals).abs().max() > 1e-9 * size:
         return None
     basis = torch.linalg.svd(rows / h.sqrt())[2][torch.linalg.matrix_rank(rows) :].T
-    scale = affine.abs().max() + 1e-300
-    held = _held_by_least_distance(basis / h.sqrt()[:, None], -affine / scale)
+    # X >= 0 is relaxed by a rounding: sets without an interior are as good as others.
+    held = _held_by_least_distance(basis / h.sqrt()[:, None], -(affine / size + 1e-13))
     if held is None:
         return None
     fixed = torch.cat([rows, torch.eye(len(v), dtype=torch.float64)[held]])
-    x, multipliers = _saddle(h, fixed, h * v, torch.cat([marginals, torch.zeros(int(held.sum()))]))
+    right = torch.cat([marginals, torch.zeros(int(held.sum()))])
+    x, multipliers = _saddle(h, fixed, h * v, right)
+    x += _saddle(h, fixed, torch.zeros_like(v), right - fixed @ x)[0]
     return x.clamp(min=0.0), multipliers[: len(rows)]
 
 
