@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hsbackend.comparisons.contestants import DEFAULT_ACCURACY, all_contestants, choose_contestants, layer_contestants
+from hsbackend.comparisons.contestants import DEFAULT_ACCURACY, choose_contestants, layer_contestants
 from hsbackend.comparisons.environment import describe_environment
 from hsbackend.comparisons.experiments.portfolio import (
     DEFAULT_CONTESTANTS,
@@ -22,10 +22,12 @@ from hsbackend.comparisons.experiments.portfolio import (
     write_portfolio,
 )
 from hsbackend.comparisons.experiments.sp500 import load_market
-from hsbackend.comparisons.problems import SUITES, make_problem
+from hsbackend.comparisons.problems import SUITES, BenchmarkProblem, make_problem
 from hsbackend.comparisons.progress import Progress
 from hsbackend.comparisons.report import SpeedReport, screen_text, write_report
+from hsbackend.comparisons.scaling import SERIES, Series, projecting, run_series
 from hsbackend.comparisons.speed import run_speed, steps_of
+from hsbackend.comparisons.suites import TITLES, every_contestant, suite_contestants
 
 _DEFAULT_OUTPUT = Path("results")
 
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     speed = commands.add_parser("speed", help="problems x contestants: correctness first, then time")
     speed.add_argument("--suite", choices=sorted(SUITES), default="speed", help="which problems (default: speed)")
-    speed.add_argument("--problems", nargs="+", metavar="NAME", help="only these problems of the suite")
+    speed.add_argument("--problems", nargs="+", metavar="NAME", help="only these problems and series of the suite")
     speed.add_argument(
         "--budget", type=float, default=3.0, metavar="S", help="seconds of repetitions per row (default: 3)"
     )
@@ -91,18 +93,27 @@ def _device(name: str) -> torch.device:
 def _speed(options: argparse.Namespace) -> int:
     device = _device(options.device)
     try:
-        contestants = choose_contestants(all_contestants(options.accuracy), options.contestants)
-        names = options.problems or SUITES[options.suite]
-        problems = [make_problem(name, quick=options.quick, seed=options.seed) for name in names]
+        if options.contestants is None:
+            contestants = suite_contestants(options.suite, options.accuracy)
+        else:
+            contestants = choose_contestants(every_contestant(options.accuracy), options.contestants)
+        problems, series = _chosen_problems(options)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    by_series = [one.problems(quick=options.quick, seed=options.seed) for one in series]
+    grown = [problem for one in by_series for problem in one]
     budget_s = 0.0 if options.quick else options.budget
-    progress = Progress(steps_of(problems, contestants))
+    progress = Progress(steps_of(problems, contestants) + steps_of(grown, projecting(contestants)))
     rows = run_speed(problems, contestants, device=device, budget_s=budget_s, progress=progress)
+    for one in by_series:
+        rows += run_series(one, contestants, device=device, budget_s=budget_s, progress=progress)
     progress.close()
     report = SpeedReport(
+        title=TITLES[options.suite],
         environment=describe_environment(device),
         problems=problems,
+        series=series,
+        grown=grown,
         contestants=contestants,
         rows=rows,
         accuracy=options.accuracy,
@@ -110,9 +121,30 @@ def _speed(options: argparse.Namespace) -> int:
         command="python -m hsbackend.comparisons " + " ".join(sys.argv[1:]),
     )
     print(screen_text(report))
-    paths = write_report(report, options.output)
+    paths = write_report(report, options.output, options.suite)
     print("written: " + ", ".join(str(path) for path in paths))
     return 0
+
+
+def _chosen_problems(options: argparse.Namespace) -> tuple[list[BenchmarkProblem], list[Series]]:
+    """Return the problems and the series asked for, all of the suite by default.
+
+    Raises:
+        ValueError: a name is neither a problem nor a series of the suite.
+    """
+    known = SERIES[options.suite]
+    if options.problems is None:
+        return _problems_named(SUITES[options.suite], options), list(known.values())
+    names = [name for name in options.problems if name not in known]
+    unknown = [name for name in names if name not in SUITES[options.suite]]
+    if unknown:
+        expected = ", ".join((*SUITES[options.suite], *known))
+        raise ValueError(f"unknown problem {unknown[0]!r} in suite {options.suite}, expected one of: {expected}")
+    return _problems_named(names, options), [known[name] for name in options.problems if name in known]
+
+
+def _problems_named(names: Sequence[str], options: argparse.Namespace) -> list[BenchmarkProblem]:
+    return [make_problem(name, quick=options.quick, seed=options.seed) for name in names]
 
 
 def _portfolio(options: argparse.Namespace) -> int:

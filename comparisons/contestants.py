@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,6 +27,19 @@ Layer = Callable[..., tuple[Tensor, ...]]
 _SPELLED_OUT = 2.0
 # What QPLayer itself writes for "no bound".
 _PROXQP_INFINITY = 1e20
+# ProxQP's QPLayer is dense: 16 items of 1,024 variables took it 15 s per call, six times the next slowest.
+_LARGEST_QPLAYER = 300
+
+
+class Kind(Enum):
+    """What a contestant can do."""
+
+    GENERAL = "general"
+    """Solves any QP of the suite."""
+    SPECIALISED = "specialised"
+    """Projects on the named sets it knows."""
+    FLOOR = "floor"
+    """Does only a part of the work; shown for its time, never judged as an answer."""
 
 
 class Contestant(Protocol):
@@ -36,6 +50,7 @@ class Contestant(Protocol):
         description: what it is and with which settings it runs.
         is_ours: ours are compared with peers, peers among themselves.
         is_diffcp: stock cvxpylayers with its default backend, the yardstick of the ratio "vs stock DIFFCP".
+        kind: what it can do.
     """
 
     @property
@@ -46,6 +61,8 @@ class Contestant(Protocol):
     def is_ours(self) -> bool: ...
     @property
     def is_diffcp(self) -> bool: ...
+    @property
+    def kind(self) -> Kind: ...
 
     def accepts(self, problem: BenchmarkProblem) -> bool:
         """Say whether the contestant differs from the others on this problem; if not it gets no row."""
@@ -82,6 +99,7 @@ class LayerContestant:
     make_layer: Callable[[Model], Layer]
     is_ours: bool = False
     is_diffcp: bool = False
+    kind: Kind = Kind.GENERAL
     bound_scale: float = 1.0
     only_with_bounds: bool = False
 
@@ -106,9 +124,10 @@ class QPLayerContestant:
     accuracy: float
     is_ours: bool = False
     is_diffcp: bool = False
+    kind: Kind = Kind.GENERAL
 
     def accepts(self, problem: BenchmarkProblem) -> bool:
-        return True
+        return problem.cotangent.shape[1] <= _LARGEST_QPLAYER
 
     def setup(self, problem: BenchmarkProblem) -> Solve:
         from proxsuite.torch.qplayer import QPFunction
@@ -138,8 +157,8 @@ def _two_sided_rows(qp: QPData) -> tuple[Tensor, Tensor, Tensor]:
         high.append(qp.h)
     if qp.lower is not None or qp.upper is not None:
         rows.append(torch.eye(n, dtype=qp.q.dtype, device=qp.q.device).expand(batch, n, n))
-        low.append(-infinite if qp.lower is None else qp.lower)
-        high.append(infinite if qp.upper is None else qp.upper)
+        low.append(-infinite if qp.lower is None else qp.lower.clamp_min(-_PROXQP_INFINITY))
+        high.append(infinite if qp.upper is None else qp.upper.clamp_max(_PROXQP_INFINITY))
     return torch.cat(rows, dim=1), torch.cat(low, dim=1), torch.cat(high, dim=1)
 
 
@@ -285,7 +304,8 @@ def all_contestants(accuracy: float = DEFAULT_ACCURACY) -> tuple[Contestant, ...
     layers = layer_contestants(accuracy)
     qplayer = QPLayerContestant(
         name="qplayer",
-        description=f"proxsuite QPLayer (ProxQP), accuracy {accuracy:g} forward and backward; takes matrices",
+        description=f"proxsuite QPLayer (ProxQP), accuracy {accuracy:g} forward and backward; takes matrices; dense, "
+        f"so it sits out above {_LARGEST_QPLAYER} variables",
         accuracy=accuracy,
     )
     peers = [c for c in layers if not c.is_ours]

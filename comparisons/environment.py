@@ -26,6 +26,9 @@ _PACKAGES = (
     "clarabel",
     "moreau",
     "proxsuite",
+    "entmax",
+    "jax",
+    "jaxopt",
 )
 
 

@@ -44,8 +44,10 @@ class Verdict:
 
     Attributes:
         success_rate: fraction of items that are solved, in [0, 1].
-        primal_residual: worst violation of a constraint (rows of inequalities and bounds of unit length), absolute.
-        kkt_residual: worst residual of the KKT conditions at the returned primal with the reference's multipliers.
+        primal_residual: worst violation of a constraint (rows of inequalities and bounds of unit length), absolute;
+            None where the truth is a closed form.
+        kkt_residual: worst residual of the KKT conditions at the returned primal with the reference's multipliers;
+            None where the truth is a closed form.
         primal_error: worst distance to the reference primal, infinity norm relative to max(1, |reference|).
         gradient_error: per parameter, the largest relative error over judged items, see `gradient_errors`.
         typical_gradient_error: of the worst parameter, see the function of that name.
@@ -55,8 +57,8 @@ class Verdict:
     """
 
     success_rate: float
-    primal_residual: float
-    kkt_residual: float
+    primal_residual: float | None
+    kkt_residual: float | None
     primal_error: float
     gradient_error: dict[str, float]
     typical_gradient_error: float
@@ -134,8 +136,7 @@ def judge(problem: BenchmarkProblem, reference: Reference, primal: Array, gradie
             for item, x, solution in zip(reference.items, primal, reference.solutions, strict=True)
         ]
     )
-    scale = np.maximum(1.0, np.abs(reference.primal).max(axis=1))
-    errors = np.abs(primal - reference.primal).max(axis=1) / scale
+    errors = _primal_errors(primal, reference.primal)
     limits = np.array([max(1.0, np.abs(np.concatenate([item.b, item.d])).max(initial=0.0)) for item in reference.items])
     # A NaN compares false, so an item that is not a number is not solved.
     solved = (errors <= SUCCESS_TOLERANCE) & (residuals <= SUCCESS_TOLERANCE * limits)
@@ -154,13 +155,6 @@ def judge(problem: BenchmarkProblem, reference: Reference, primal: Array, gradie
             gradient_error[parameter.name] = float(errors_by_item.max())
             typical.append(typical_gradient_error(returned, expected, batched=parameter.batched))
     worst_typical = max(typical, default=0.0)
-    worst_gradient_error = max(gradient_error.values(), default=0.0)
-    if solved.all() and worst_gradient_error <= GRADIENT_TOLERANCE:
-        grade = Grade.CORRECT
-    elif roughly_solved.all() and worst_typical <= ROUGH_GRADIENT_TOLERANCE:
-        grade = Grade.ROUGH
-    else:
-        grade = Grade.WRONG
     return Verdict(
         success_rate=float(solved.mean()),
         primal_residual=_worst(residuals),
@@ -170,8 +164,49 @@ def judge(problem: BenchmarkProblem, reference: Reference, primal: Array, gradie
         typical_gradient_error=worst_typical,
         judged_items=int(judged.sum()),
         batch=problem.batch,
-        grade=grade,
+        grade=_grade(solved, roughly_solved, max(gradient_error.values(), default=0.0), worst_typical),
     )
+
+
+def judge_projection(name: str, expected: Array, expected_gradient: Array, primal: Array, gradient: Array) -> Verdict:
+    """Judge a returned primal (B, n) and the gradient of one batched parameter by known answers alone.
+
+    Raises:
+        ValueError: a shape is not that of the answer.
+    """
+    if primal.shape != expected.shape:
+        raise ValueError(f"primal has shape {primal.shape}, expected {expected.shape}")
+    errors = _primal_errors(primal, expected)
+    solved, roughly_solved = errors <= SUCCESS_TOLERANCE, errors <= ROUGH_TOLERANCE
+    worst = float(gradient_errors(gradient, expected_gradient, batched=True).max())
+    typical = typical_gradient_error(gradient, expected_gradient, batched=True)
+    return Verdict(
+        success_rate=float(solved.mean()),
+        primal_residual=None,
+        kkt_residual=None,
+        primal_error=_worst(errors),
+        gradient_error={name: worst},
+        typical_gradient_error=typical,
+        judged_items=expected.shape[0],
+        batch=expected.shape[0],
+        grade=_grade(solved, roughly_solved, worst, typical),
+    )
+
+
+def _primal_errors(primal: Array, expected: Array) -> Array:
+    """Return |primal_i - expected_i|_inf / max(1, |expected_i|_inf), (B,)."""
+    return np.abs(primal - expected).max(axis=1) / np.maximum(1.0, np.abs(expected).max(axis=1))
+
+
+def _grade(
+    solved: NDArray[np.bool_], roughly_solved: NDArray[np.bool_], worst_gradient_error: float, worst_typical: float
+) -> Grade:
+    """Return the grade, see `Grade`."""
+    if solved.all() and worst_gradient_error <= GRADIENT_TOLERANCE:
+        return Grade.CORRECT
+    if roughly_solved.all() and worst_typical <= ROUGH_GRADIENT_TOLERANCE:
+        return Grade.ROUGH
+    return Grade.WRONG
 
 
 def _worst(values: Array) -> float:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsbackend.comparisons.named_sets import Birkhoff, BoxWithRows, Budget, L1Ball, Monotone, NamedSet, Simplex
+
 _DTYPE = torch.float64
 
 
@@ -72,6 +74,7 @@ class BenchmarkProblem:
         qp_data: the same problem as matrices, differentiable in the parameter tensors.
         cotangent: (B, n), fixed random dL/dx; x flattened row by row.
         has_bounds: whether `bound_scale` makes a difference.
+        named_set: the set that the only parameter is projected on, where it has a name; None otherwise.
     """
 
     name: str
@@ -82,6 +85,7 @@ class BenchmarkProblem:
     qp_data: Callable[..., QPData]
     cotangent: Tensor
     has_bounds: bool
+    named_set: NamedSet | None = None
 
     def inputs(self) -> tuple[Tensor, ...]:
         """Return fresh leaf tensors of the parameter values, `requires_grad` set where a gradient is wanted."""
@@ -95,6 +99,18 @@ class BenchmarkProblem:
         """Return the same problem with its tensors on `device`."""
         parameters = tuple(replace(p, value=p.value.to(device)) for p in self.parameters)
         return replace(self, parameters=parameters, cotangent=self.cotangent.to(device))
+
+    def head(self, items: int) -> BenchmarkProblem:
+        """Return the problem of the first items alone.
+
+        Raises:
+            ValueError: a parameter is shared by the batch, so that its gradient is a sum over all items.
+        """
+        shared = [p.name for p in self.parameters if not p.batched]
+        if shared:
+            raise ValueError(f"{self.name} shares {', '.join(shared)}: its items cannot be judged apart")
+        parameters = tuple(replace(p, value=p.value[:items]) for p in self.parameters)
+        return replace(self, batch=items, parameters=parameters, cotangent=self.cotangent[:items])
 
 
 class _Draw:
@@ -279,6 +295,14 @@ def portfolio_projection(n: int, sectors: int, batch: int, seed: int) -> Benchma
         qp_data=qp_data,
         cotangent=draw.normal(batch, n),
         has_bounds=True,
+        named_set=BoxWithRows(
+            A=np.ones((1, n)),
+            b=np.ones(1),
+            G=membership,
+            h=np.full(sectors, sector_cap),
+            lower=np.zeros(n),
+            upper=np.full(n, cap),
+        ),
     )
 
 
@@ -309,6 +333,7 @@ def simplex_projection(n: int, batch: int, seed: int) -> BenchmarkProblem:
         qp_data=qp_data,
         cotangent=draw.normal(batch, n),
         has_bounds=True,
+        named_set=Simplex(n, radius=1.0),
     )
 
 
@@ -343,11 +368,118 @@ def birkhoff_projection(side: int, batch: int, seed: int) -> BenchmarkProblem:
         qp_data=qp_data,
         cotangent=draw.normal(batch, n),
         has_bounds=True,
+        named_set=Birkhoff(side),
     )
 
 
+def budget_projection(n: int, batch: int, seed: int) -> BenchmarkProblem:
+    """Make min ||x - y||^2 s.t. c'x = total, 0 <= x <= 1, with constant c in [0.5, 1.5] and batched y.
+
+    The total is 0.3 sum(c): at every size about a quarter of the coordinates is free, the rest held at a bound.
+    """
+    draw = _Draw(seed)
+    coefficients = (0.5 + draw.uniform(n)).numpy()
+    total = float(0.3 * coefficients.sum())
+
+    def build(bound_scale: float) -> Model:
+        x, y = cp.Variable(n), cp.Parameter(n)
+        bounded = _scaled(x, bound_scale)
+        constraints = [coefficients @ x == total, bounded >= 0, bounded <= bound_scale]
+        return Model(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), constraints), [y], [x])
+
+    def qp_data(y: Tensor) -> QPData:
+        return QPData(
+            Q=_repeat(2.0 * np.eye(n), y),
+            q=-2.0 * y,
+            A=_repeat(coefficients[None], y),
+            b=_repeat(np.array([total]), y),
+            lower=torch.zeros_like(y),
+            upper=torch.ones_like(y),
+        )
+
+    return BenchmarkProblem(
+        name=f"budget-n{n}",
+        description=f"projection on box + weighted budget, n={n}, 0 <= x <= 1, c'x = total, B={batch}",
+        batch=batch,
+        parameters=(ParameterValue("y", draw.normal(batch, n)),),
+        build=build,
+        qp_data=qp_data,
+        cotangent=draw.normal(batch, n),
+        has_bounds=True,
+        named_set=Budget(coefficients, total, lower=0.0, upper=1.0),
+    )
+
+
+def l1_ball_projection(n: int, batch: int, seed: int) -> BenchmarkProblem:
+    """Make min ||x - y||^2 s.t. sum(|x|) <= n / 10, with batched y; at every size about a quarter of x is not zero.
+
+    The matrices use that x has the signs s of y: s'x <= radius and s_j x_j >= 0, the same solution and the same
+    gradient. Only the reference and contestants that take matrices see this, and it spares the latter n variables.
+    """
+    draw = _Draw(seed)
+    radius = 0.1 * n
+
+    def build(bound_scale: float) -> Model:
+        x, y = cp.Variable(n), cp.Parameter(n)
+        return Model(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.norm1(x) <= radius]), [y], [x])
+
+    def qp_data(y: Tensor) -> QPData:
+        signs = torch.where(y.detach() < 0, -1.0, 1.0).to(y.dtype)
+        infinite = torch.full_like(signs, torch.inf)
+        return QPData(
+            Q=_repeat(2.0 * np.eye(n), y),
+            q=-2.0 * y,
+            G=signs[:, None, :],
+            h=_repeat(np.array([radius]), y),
+            lower=torch.where(signs > 0, 0.0, -infinite),
+            upper=torch.where(signs < 0, 0.0, infinite),
+        )
+
+    return BenchmarkProblem(
+        name=f"l1-n{n}",
+        description=f"projection on the l1 ball, n={n}, radius {radius:g}, B={batch}; matrices know the orthant",
+        batch=batch,
+        parameters=(ParameterValue("y", draw.normal(batch, n)),),
+        build=build,
+        qp_data=qp_data,
+        cotangent=draw.normal(batch, n),
+        has_bounds=False,
+        named_set=L1Ball(n, radius),
+    )
+
+
+def monotone_projection(n: int, batch: int, seed: int) -> BenchmarkProblem:
+    """Make min ||x - y||^2 s.t. x_1 <= ... <= x_n, with batched y, noise of size 1 around a line from -2 to 2."""
+    draw = _Draw(seed)
+    trend = torch.linspace(-2.0, 2.0, n, dtype=_DTYPE)
+
+    def build(bound_scale: float) -> Model:
+        x, y = cp.Variable(n), cp.Parameter(n)
+        return Model(cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.diff(x) >= 0]), [y], [x])
+
+    def qp_data(y: Tensor) -> QPData:
+        steps_down = -np.diff(np.eye(n), axis=0)
+        return QPData(
+            Q=_repeat(2.0 * np.eye(n), y), q=-2.0 * y, G=_repeat(steps_down, y), h=_repeat(np.zeros(n - 1), y)
+        )
+
+    return BenchmarkProblem(
+        name=f"monotone-n{n}",
+        description=f"projection on non-decreasing sequences (isotonic regression), n={n}, B={batch}",
+        batch=batch,
+        parameters=(ParameterValue("y", trend + draw.normal(batch, n)),),
+        build=build,
+        qp_data=qp_data,
+        cotangent=draw.normal(batch, n),
+        has_bounds=False,
+        named_set=Monotone(n),
+    )
+
+
+Maker = Callable[[int], BenchmarkProblem]
+
 # The suite `speed` is exactly the problems of the first speed target (issue 2) and two small classics.
-_SPEED: dict[str, Callable[[int], BenchmarkProblem]] = {
+_SPEED: dict[str, Maker] = {
     "qp-n100": lambda seed: all_parameter_qp(n=100, m=100, batch=128, seed=seed),
     "qp-n10": lambda seed: all_parameter_qp(n=10, m=10, batch=512, seed=seed),
     "shared-n200": lambda seed: shared_polyhedron(n=200, n_ineq=100, n_eq=20, batch=64, seed=seed),
@@ -357,18 +489,40 @@ _SPEED: dict[str, Callable[[int], BenchmarkProblem]] = {
     "birkhoff-4x4": lambda seed: birkhoff_projection(side=4, batch=1024, seed=seed),
 }
 
+# The suite `families` is the head-to-head table of the second speed target (issue 3), and two more families.
+_FAMILIES: dict[str, Maker] = {
+    "simplex-n50": _SPEED["simplex-n50"],
+    "simplex-n1000": lambda seed: simplex_projection(n=1000, batch=64, seed=seed),
+    "birkhoff-4x4": _SPEED["birkhoff-4x4"],
+    "birkhoff-16x16": lambda seed: birkhoff_projection(side=16, batch=64, seed=seed),
+    "birkhoff-32x32": lambda seed: birkhoff_projection(side=32, batch=16, seed=seed),
+    "monotone-n100": lambda seed: monotone_projection(n=100, batch=128, seed=seed),
+    "l1-n100": lambda seed: l1_ball_projection(n=100, batch=128, seed=seed),
+    "budget-n100": lambda seed: budget_projection(n=100, batch=128, seed=seed),
+    "portfolio-n100": _SPEED["portfolio-n100"],
+}
+
+_FULL: dict[str, Maker] = {**_SPEED, **_FAMILIES}
+
 # The same families at sizes that a smoke test can afford, under the same names.
-_QUICK: dict[str, Callable[[int], BenchmarkProblem]] = {
+_QUICK: dict[str, Maker] = {
     "qp-n100": lambda seed: all_parameter_qp(n=8, m=6, batch=4, seed=seed),
     "qp-n10": lambda seed: all_parameter_qp(n=4, m=3, batch=6, seed=seed),
     "shared-n200": lambda seed: shared_polyhedron(n=12, n_ineq=6, n_eq=2, batch=4, seed=seed),
     "sudoku-4x4": lambda seed: sudoku_layer(side=2, n_eq=4, batch=5, seed=seed),
     "portfolio-n100": lambda seed: portfolio_projection(n=12, sectors=3, batch=4, seed=seed),
     "simplex-n50": lambda seed: simplex_projection(n=6, batch=4, seed=seed),
+    "simplex-n1000": lambda seed: simplex_projection(n=12, batch=3, seed=seed),
     "birkhoff-4x4": lambda seed: birkhoff_projection(side=3, batch=4, seed=seed),
+    # The shapes of the series against B: jax compiles for seconds, and then need not do it again.
+    "birkhoff-16x16": lambda seed: birkhoff_projection(side=4, batch=4, seed=seed),
+    "birkhoff-32x32": lambda seed: birkhoff_projection(side=4, batch=8, seed=seed),
+    "monotone-n100": lambda seed: monotone_projection(n=8, batch=4, seed=seed),
+    "l1-n100": lambda seed: l1_ball_projection(n=10, batch=4, seed=seed),
+    "budget-n100": lambda seed: budget_projection(n=10, batch=4, seed=seed),
 }
 
-SUITES: dict[str, tuple[str, ...]] = {"speed": tuple(_SPEED)}
+SUITES: dict[str, tuple[str, ...]] = {"speed": tuple(_SPEED), "families": tuple(_FAMILIES)}
 
 
 def make_problem(name: str, *, quick: bool = False, seed: int = 0) -> BenchmarkProblem:
@@ -382,7 +536,7 @@ def make_problem(name: str, *, quick: bool = False, seed: int = 0) -> BenchmarkP
     Raises:
         ValueError: the name is not known; the message lists those that are.
     """
-    if name not in _SPEED:
-        raise ValueError(f"unknown problem {name!r}, expected one of: {', '.join(_SPEED)}")
-    problem = (_QUICK if quick else _SPEED)[name](seed)
+    if name not in _FULL:
+        raise ValueError(f"unknown problem {name!r}, expected one of: {', '.join(_FULL)}")
+    problem = (_QUICK if quick else _FULL)[name](seed)
     return replace(problem, name=name)

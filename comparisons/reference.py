@@ -13,7 +13,8 @@ Nothing here imports the code under test.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import clarabel
 import numpy as np
@@ -106,7 +107,7 @@ def _item(qp: QPData, i: int, n: int) -> ItemQP:
     """Return item i; empty blocks have zero rows."""
 
     def block(tensor: Tensor | None, *shape: int) -> Array:
-        return np.zeros(shape) if tensor is None else tensor[i].detach().cpu().numpy().astype(np.float64)
+        return np.zeros(shape) if tensor is None else tensor[i].detach().cpu().numpy().astype(np.float64, copy=False)
 
     general, limit = block(qp.G, 0, n), block(qp.h, 0)
     lower = np.full(n, -np.inf) if qp.lower is None else block(qp.lower)
@@ -184,36 +185,59 @@ def _clarabel(item: ItemQP) -> tuple[Array, Array, Array]:
     return np.asarray(solution.x), multipliers[:n_eq], multipliers[n_eq:]
 
 
-def _kkt_matrix(item: ItemQP, active: NDArray[np.bool_]) -> Array:
-    """Return [[Q, N'], [N, 0]] with N = [A; active rows of C]."""
-    rows = np.vstack([item.A, item.C[active]])
-    return np.block([[item.Q, rows.T], [rows, np.zeros((rows.shape[0], rows.shape[0]))]])
-
-
 def _polish(item: ItemQP, x: Array, y: Array, z: Array, active: NDArray[np.bool_]) -> tuple[Array, Array, Array, bool]:
     """Correct (x, y, z) to satisfy the KKT system on the active rows; say whether those rows are independent.
 
     The correction has least norm: with dependent rows the multipliers stay next to Clarabel's, which lie in the
     interior of the set of multipliers, where the least-norm multipliers may be negative.
     """
-    matrix = _kkt_matrix(item, active)
     n, n_eq = item.q.size, item.b.size
     z = np.where(active, z, 0.0)
     independent = True
     # The second pass removes the rounding of the first.
     for _ in range(2):
-        residual = np.concatenate(
-            [-(item.Q @ x + item.q + item.A.T @ y + item.C.T @ z), item.b - item.A @ x, (item.d - item.C @ x)[active]]
-        )
-        step, rank = _least_squares(matrix, residual)
-        independent = rank == matrix.shape[0]
+        stationarity = -(item.Q @ x + item.q + item.A.T @ y + item.C.T @ z)
+        feasibility = np.concatenate([item.b - item.A @ x, (item.d - item.C @ x)[active]])
+        step, independent = solve_kkt(item, active, stationarity, feasibility)
         x, y = x + step[:n], y + step[n : n + n_eq]
         z[active] += step[n + n_eq :]
     return x, y, z, independent
 
 
+def solve_kkt(item: ItemQP, active: NDArray[np.bool_], g: Array, r: Array) -> tuple[Array, bool]:
+    """Solve [Q N'; N 0] (u, w) = (g, r) with N = [A; active rows of C]; say whether the rows are independent.
+
+    Active bounds name their variable's value, so they are eliminated: with F the free and H the held variables, M the
+    rows that are not bounds and s the sign of a bound's row,
+
+        u_H = s r_bounds,   [Q_FF M_F'; M_F 0] (u_F, w) = (g_F - Q_FH u_H, r_M - M_H u_H),   least squares,
+        w_bounds = s (g_H - (Q u + M'w)_H)
+    """
+    general, bounds = active[: item.n_general], active[item.n_general :]
+    rows = np.vstack([item.A, item.C[: item.n_general][general]])
+    n, n_rows = item.q.size, rows.shape[0]
+    sign = np.concatenate([-np.ones(item.lower_at.size), np.ones(item.upper_at.size)])[bounds]
+    # Where both bounds of a variable are active the second row depends on the first and gets no multiplier.
+    held, first = np.unique(np.concatenate([item.lower_at, item.upper_at])[bounds], return_index=True)
+    free = np.ones(n, dtype=bool)
+    free[held] = False
+
+    u = np.zeros(n)
+    u[held] = sign[first] * r[n_rows:][first]
+    matrix = np.block([[item.Q[np.ix_(free, free)], rows[:, free].T], [rows[:, free], np.zeros((n_rows, n_rows))]])
+    right_side = np.concatenate([g[free] - item.Q[np.ix_(free, held)] @ u[held], r[:n_rows] - rows[:, held] @ u[held]])
+    reduced, rank = _least_squares(matrix, right_side)
+    u[free] = reduced[: n - held.size]
+    w = reduced[n - held.size :]
+    w_bounds = np.zeros(sign.size)
+    w_bounds[first] = sign[first] * (g - item.Q @ u - rows.T @ w)[held]
+    return np.concatenate([u, w, w_bounds]), rank == matrix.shape[0] and held.size == sign.size
+
+
 def _least_squares(matrix: Array, right_side: Array) -> tuple[Array, int]:
     """Return the least-norm solution and the rank; 1e-12 relative separates dependent rows from merely similar ones."""
+    if right_side.size == 0:
+        return right_side, 0
     solution, _, rank, _ = scipy.linalg.lstsq(matrix, right_side, cond=1e-12, lapack_driver="gelsy")
     return solution, int(rank)
 
@@ -258,29 +282,28 @@ def _parameter_gradients(
     cotangent: Tensor,
 ) -> dict[str, Array]:
     """Return dL/d(parameter) by pulling the gradients of the QP's matrices back through `qp_data`."""
+    varying = [
+        field.name for field in fields(qp) if (tensor := getattr(qp, field.name)) is not None and tensor.requires_grad
+    ]
     per_item = [
-        _item_gradients(item, solution, g)
+        _item_gradients(item, solution, g, varying)
         for item, solution, g in zip(items, solutions, cotangent.cpu().numpy(), strict=True)
     ]
-    outputs: list[Tensor] = []
-    output_gradients: list[Tensor] = []
-    for field in per_item[0]:
-        tensor = getattr(qp, field)
-        if tensor is not None and tensor.requires_grad:
-            outputs.append(tensor)
-            stacked = torch.from_numpy(np.stack([gradients[field] for gradients in per_item]))
-            output_gradients.append(stacked.to(tensor.device))
+    outputs = [getattr(qp, name) for name in varying]
+    output_gradients = [
+        torch.from_numpy(np.stack([gradients[name] for gradients in per_item])).to(output.device)
+        for name, output in zip(varying, outputs, strict=True)
+    ]
     positions = problem.differentiated()
     gradients = torch.autograd.grad(outputs, [inputs[i] for i in positions], output_gradients)
     return {problem.parameters[i].name: g.cpu().numpy() for i, g in zip(positions, gradients, strict=True)}
 
 
-def _item_gradients(item: ItemQP, solution: ItemSolution, cotangent: Array) -> dict[str, Array]:
-    """Return dL/d(Q, q, A, b, G, h, lower, upper) of one item by the formulas at the top of this file."""
+def _item_gradients(item: ItemQP, solution: ItemSolution, cotangent: Array, wanted: Sequence[str]) -> dict[str, Array]:
+    """Return dL/d(part) of one item for the wanted parts of `QPData`, by the formulas at the top of this file."""
     n, n_eq = item.q.size, item.b.size
     active = solution.active_set
-    right_side = np.concatenate([cotangent, np.zeros(n_eq + int(active.sum()))])
-    adjoint, _ = _least_squares(_kkt_matrix(item, active), right_side)
+    adjoint, _ = solve_kkt(item, active, cotangent, np.zeros(n_eq + int(active.sum())))
     u, w_eq = adjoint[:n], adjoint[n : n + n_eq]
     # Back from unit rows to the rows as given: both multipliers scale by 1 / norm.
     w_ineq = np.zeros(item.d.size)
@@ -293,13 +316,15 @@ def _item_gradients(item: ItemQP, solution: ItemSolution, cotangent: Array) -> d
     # The lower bound is the row -x <= -l, hence the sign.
     lower[item.lower_at] = -w_ineq[m : m + n_lower]
     upper[item.upper_at] = w_ineq[m + n_lower :]
-    return {
-        "Q": -0.5 * (np.outer(u, x) + np.outer(x, u)),
-        "q": -u,
-        "A": -(np.outer(solution.y, u) + np.outer(w_eq, x)),
-        "b": w_eq,
-        "G": -(np.outer(z[:m], u) + np.outer(w_ineq[:m], x)),
-        "h": w_ineq[:m],
-        "lower": lower,
-        "upper": upper,
+    # Called only for what is wanted: Q, A and G are large.
+    formulas: dict[str, Callable[[], Array]] = {
+        "Q": lambda: -0.5 * (np.outer(u, x) + np.outer(x, u)),
+        "q": lambda: -u,
+        "A": lambda: -(np.outer(solution.y, u) + np.outer(w_eq, x)),
+        "b": lambda: w_eq,
+        "G": lambda: -(np.outer(z[:m], u) + np.outer(w_ineq[:m], x)),
+        "h": lambda: w_ineq[:m],
+        "lower": lambda: lower,
+        "upper": lambda: upper,
     }
+    return {name: formulas[name]() for name in wanted}

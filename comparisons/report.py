@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsbackend.comparisons.contestants import Contestant
+from hsbackend.comparisons.contestants import Contestant, Kind
 from hsbackend.comparisons.environment import Environment
 from hsbackend.comparisons.judge import (
     GRADIENT_TOLERANCE,
@@ -19,7 +19,8 @@ from hsbackend.comparisons.judge import (
 )
 from hsbackend.comparisons.problems import BenchmarkProblem
 from hsbackend.comparisons.reference import MARGIN_TOLERANCE
-from hsbackend.comparisons.results import Row, best_peer, diffcp_yardstick, speed_up
+from hsbackend.comparisons.results import Row, best_peer, diffcp_yardstick, fastest, speed_up
+from hsbackend.comparisons.scaling import LONGEST_CALL_MS, Series, growth_exponent
 from hsbackend.comparisons.tables import align, markdown_table
 
 _HEADER = (
@@ -61,16 +62,20 @@ _LIMITATIONS = """\
   only where the active rows are independent; the other items are counted but not compared.
 - Gradients of shared parameters are sums over the batch for everybody.
 - Time to compile or to set up lazily is in "1st call", not in the medians. Memory is not measured.
+- jaxopt works on jax arrays; copying tensors to them and back is not in its time. Everybody else takes tensors.
 - QPLayer gets matrices; forming them from the parameters is part of its time, as it would be in a user's model.
 """
 
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """Everything a report tells."""
+    """Everything a report tells; `grown` are the problems of the series, whose rows are among the others."""
 
+    title: str
     environment: Environment
     problems: Sequence[BenchmarkProblem]
+    series: Sequence[Series]
+    grown: Sequence[BenchmarkProblem]
     contestants: Sequence[Contestant]
     rows: Sequence[Row]
     accuracy: float
@@ -89,7 +94,11 @@ def screen_text(report: SpeedReport) -> str:
         rows = report.rows_of(problem)
         cells = [list(_HEADER), *(_cells(row, rows) for row in rows)]
         parts.append(f"{problem.name}: {problem.description}\n{align(cells)}\n{_yardsticks(rows)}{_failures(rows)}")
-    parts.append(f"summary\n{align([list(_SUMMARY_HEADER), *_summary(report)])}")
+    for one in report.series:
+        failures = "".join(f"\n  {failure}" for failure in _growth_failures(one, report))
+        parts.append(f"{one.name}: {one.description}\n{align(_growth_table(one, report))}{failures}")
+    for heading, table in _overviews(report):
+        parts.append(f"{heading}\n{align(table)}")
     parts.append(_LEGEND)
     return "\n\n".join(parts) + "\n"
 
@@ -98,7 +107,7 @@ def markdown_text(report: SpeedReport) -> str:
     """Return the report as Markdown."""
     environment = report.environment
     parts = [
-        "# Speed comparison",
+        f"# {report.title}",
         f"Produced by `{report.command}` on {environment.date}.",
         "\n".join(
             (
@@ -110,9 +119,9 @@ def markdown_text(report: SpeedReport) -> str:
             )
         ),
         _LEGEND,
-        "## Summary",
-        markdown_table([list(_SUMMARY_HEADER), *_summary(report)]),
     ]
+    for heading, table in _overviews(report):
+        parts += [f"## {heading}", markdown_table(table)]
     for problem in report.problems:
         rows = report.rows_of(problem)
         cells = [list(_HEADER), *(_cells(row, rows) for row in rows)]
@@ -122,6 +131,10 @@ def markdown_text(report: SpeedReport) -> str:
         remarks += [f"- {row.contestant} routed: {row.route}" for row in rows if row.route is not None]
         if remarks:
             parts.append("\n".join(remarks))
+    for one in report.series:
+        parts += [f"## {one.name}", f"{one.description}. {_GROWTH_LEGEND}", markdown_table(_growth_table(one, report))]
+        if failures := _growth_failures(one, report):
+            parts.append("\n".join(f"- {failure}" for failure in failures))
     parts += [
         "## Contestants",
         "\n".join(f"- **{contestant.name}**: {contestant.description}" for contestant in report.contestants),
@@ -146,7 +159,7 @@ def write_report(report: SpeedReport, folder: Path, name: str = "speed") -> tupl
 
 def _record(row: Row, report: SpeedReport) -> dict[str, object]:
     """Return one CSV record; an empty field was not reached."""
-    problem = next(p for p in report.problems if p.name == row.problem)
+    problem = next(p for p in (*report.problems, *report.grown) if p.name == row.problem)
     rows = report.rows_of(problem)
     verdict, timing, environment = row.verdict, row.timing, report.environment
     return {
@@ -196,7 +209,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
         row.contestant,
         "-" if verdict is None else f"{100 * verdict.success_rate:.1f} %",
         row.outcome,
-        "-" if verdict is None else f"{verdict.kkt_residual:.1e}",
+        "-" if verdict is None or verdict.kkt_residual is None else f"{verdict.kkt_residual:.1e}",
         "-" if verdict is None else f"{verdict.primal_error:.1e}",
         "-" if verdict is None else f"{verdict.worst_gradient_error:.1e}",
         _ms(row.setup_ms),
@@ -213,14 +226,27 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
 _SUMMARY_HEADER = ("contestant", "problems", "correct", "rough", "wrong", "failed", "geo. mean of time / fastest")
 
 
+def _overviews(report: SpeedReport) -> list[tuple[str, list[list[str]]]]:
+    """Return (heading, table) of what is told about all problems at once."""
+    if not report.problems:
+        return []
+    tables = [("Summary", [list(_SUMMARY_HEADER), *_summary(report)]), ("Total ms", _totals(report))]
+    if any(row.is_ours and row.kind is Kind.SPECIALISED for row in report.rows):
+        tables.insert(1, ("Direct API against peers", _direct_against_peers(report)))
+    return tables
+
+
 def _summary(report: SpeedReport) -> list[list[str]]:
     """Return, per contestant, how often it was right, and how slow it typically was where it was.
 
     The mean is geometric, over the problems where the row counts, of its total over the fastest total that counts.
     """
     lines: list[list[str]] = []
+    by_problem = [report.rows_of(problem) for problem in report.problems]
     for contestant in report.contestants:
-        rows = [row for row in report.rows if row.contestant == contestant.name]
+        rows = [row for rows in by_problem for row in rows if row.contestant == contestant.name]
+        if not rows or contestant.kind is Kind.FLOOR:
+            continue
         outcomes = [row.outcome for row in rows]
         logs: list[float] = []
         for row in rows:
@@ -236,6 +262,115 @@ def _summary(report: SpeedReport) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def _totals(report: SpeedReport) -> list[list[str]]:
+    """Return total times, contestants down, problems across; an outcome other than correct stands beside the time."""
+    lines = [["contestant", *(problem.name for problem in report.problems)]]
+    for contestant in report.contestants:
+        cells = [
+            _total_and_outcome([row for row in report.rows_of(problem) if row.contestant == contestant.name])
+            for problem in report.problems
+        ]
+        if any(cells):
+            lines.append([contestant.name, *cells])
+    return lines
+
+
+def _total_and_outcome(rows: Sequence[Row]) -> str:
+    """Return the cell of one row, or of none for a contestant that does not know the problem."""
+    if not rows:
+        return ""
+    (row,) = rows
+    if row.outcome in (Grade.CORRECT.value, "floor"):
+        return _ms(row.total_ms)
+    return row.outcome if row.total_ms is None else f"{_ms(row.total_ms)} {row.outcome}"
+
+
+_PEER_COLUMNS = ("specialised peer", "MOREAU", "other QP peer", "DIFFCP")
+
+
+def _direct_against_peers(report: SpeedReport) -> list[list[str]]:
+    """Return, per problem, our direct API beside our layers and the fastest of each kind of peer that counts."""
+    lines = [["problem", "direct ms", "layers, ms on top", "floor", *_PEER_COLUMNS]]
+    for problem in report.problems:
+        rows = report.rows_of(problem)
+        ours = [row for row in rows if row.is_ours]
+        direct = next((row for row in ours if row.kind is Kind.SPECIALISED), None)
+        if direct is None:
+            continue
+        layers = [row for row in ours if row.kind is Kind.GENERAL]
+        on_top = [
+            f"{row.contestant} {row.total_ms - direct.total_ms:+.1f}"
+            for row in layers
+            if row.total_ms is not None and direct.total_ms is not None
+        ]
+        floors = [f"{row.contestant} {_ms(row.total_ms)}" for row in rows if row.kind is Kind.FLOOR]
+        general = [row for row in rows if row.kind is Kind.GENERAL and not row.is_ours]
+        moreau = [row for row in general if row.contestant.startswith("moreau")]
+        others = [row for row in general if row not in moreau and not row.is_diffcp]
+        peers = (
+            fastest([row for row in rows if row.kind is Kind.SPECIALISED and not row.is_ours]),
+            fastest(moreau),
+            fastest(others),
+            diffcp_yardstick(rows),
+        )
+        lines.append(
+            [
+                problem.name,
+                _total_and_outcome([direct]),
+                ", ".join(on_top) or "-",
+                ", ".join(floors) or "-",
+                *(_peer_and_ratio(direct, peer) for peer in peers),
+            ]
+        )
+    return lines
+
+
+def _peer_and_ratio(direct: Row, peer: Row | None) -> str:
+    """Return the peer, its time, and how many times faster the direct API is."""
+    if peer is None:
+        return "-"
+    told = f"{peer.contestant} {_total_and_outcome([peer])}"
+    ratio = speed_up(direct, peer)
+    return told if ratio is None else f"{told}: {_ratio(ratio)}x"
+
+
+_GROWTH_LEGEND = (
+    "Forward + backward, ms, medians; an outcome other than correct stands beside the time. A contestant that fails, "
+    f"is wrong or needs more than {LONGEST_CALL_MS / 1e3:g} s goes no further. Last line: exponent p of the fit "
+    "time ~ size^p over the upper half of the sizes, where the fixed costs of a call no longer hide it."
+)
+
+
+def _growth_table(series: Series, report: SpeedReport) -> list[list[str]]:
+    """Return sizes down, contestants across, the growth exponent as the last line."""
+    sizes = {problem.name: size for problem in report.grown if (size := series.size_of(problem)) is not None}
+    rows = {(row.problem, row.contestant): row for row in report.rows if row.problem in sizes}
+    present = {contestant for _, contestant in rows}
+    names = [contestant.name for contestant in report.contestants if contestant.name in present]
+    lines = [[series.axis, *names]]
+    for problem, size in sizes.items():
+        cells = [rows.get((problem, name)) for name in names]
+        lines.append([f"{size:,}", *(_total_and_outcome([row] if row else []) for row in cells)])
+    exponents = ["exponent"]
+    for name in names:
+        of_name = [rows.get((problem, name)) for problem in sizes]
+        times_ms = [row.total_ms if row and (row.counts or row.kind is Kind.FLOOR) else None for row in of_name]
+        exponent = growth_exponent(list(sizes.values()), times_ms)
+        exponents.append("-" if exponent is None else f"{exponent:.2f}")
+    lines.append(exponents)
+    return lines
+
+
+def _growth_failures(series: Series, report: SpeedReport) -> list[str]:
+    """Return a line for each contestant and error, which is usually the same at every size."""
+    names = {problem.name for problem in report.grown if series.size_of(problem) is not None}
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in report.rows:
+        if row.problem in names and row.error is not None:
+            where.setdefault((row.contestant, row.error), []).append(row.problem.removeprefix(f"{series.name}-"))
+    return [f"{name} failed at {', '.join(sizes)}: {error}" for (name, error), sizes in where.items()]
 
 
 def _yardsticks(rows: Sequence[Row]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hsbackend.comparisons.contestants import Kind
 from hsbackend.comparisons.judge import Grade, Verdict
 from hsbackend.comparisons.timing import Timing
 
@@ -16,12 +17,14 @@ class Row:
     A contestant that failed keeps its row: `error` says why, and whatever was not reached is None. `setup_ms` is
     building the layer, `first_call_ms` the first forward and backward, with everything that happens lazily or is
     compiled then. `notes` are the warnings it raised, `route` is what a layer of ours says about its choice of solver.
+    A floor has a time but no verdict.
     """
 
     problem: str
     contestant: str
     is_ours: bool
     is_diffcp: bool
+    kind: Kind = Kind.GENERAL
     verdict: Verdict | None = None
     timing: Timing | None = None
     setup_ms: float | None = None
@@ -32,8 +35,12 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        """The grade, or "failed"."""
-        return "failed" if self.verdict is None or self.error is not None else self.verdict.grade.value
+        """The grade, "failed", or "floor"."""
+        if self.error is not None:
+            return "failed"
+        if self.kind is Kind.FLOOR:
+            return "floor"
+        return "failed" if self.verdict is None else self.verdict.grade.value
 
     @property
     def total_ms(self) -> float | None:
@@ -54,17 +61,18 @@ class Row:
 
 def best_peer(rows: Sequence[Row]) -> Row | None:
     """Return the fastest peer that counts among rows of one problem."""
-    return _fastest([row for row in rows if not row.is_ours])
+    return fastest([row for row in rows if not row.is_ours])
 
 
 def diffcp_yardstick(rows: Sequence[Row]) -> Row | None:
     """Return stock DIFFCP as shipped if it counts, else the fastest DIFFCP setting that does."""
     candidates = [row for row in rows if row.is_diffcp]
     as_shipped = [row for row in candidates if row.contestant == "diffcp"]
-    return _fastest(as_shipped) or _fastest(candidates)
+    return fastest(as_shipped) or fastest(candidates)
 
 
-def _fastest(rows: Sequence[Row]) -> Row | None:
+def fastest(rows: Sequence[Row]) -> Row | None:
+    """Return the fastest row that counts."""
     return min((row for row in rows if row.counts), key=lambda row: row.total_ms or 0.0, default=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,15 +11,17 @@ from dataclasses import replace
 
 import torch
 
-from hsbackend.comparisons.contestants import Contestant, Solve, route_of
-from hsbackend.comparisons.judge import Verdict, judge
+from hsbackend.comparisons.contestants import Contestant, Kind, Solve, route_of
+from hsbackend.comparisons.judge import Verdict
 from hsbackend.comparisons.problems import BenchmarkProblem
 from hsbackend.comparisons.progress import Progress
-from hsbackend.comparisons.reference import Reference, compute_reference
 from hsbackend.comparisons.results import Row
 from hsbackend.comparisons.timing import Call, call_once, repetitions_for, summarise, take_turns
+from hsbackend.comparisons.truth import Truth, find_truth
 
 _LONGEST_NOTE = 240
+# "package.SomeError: message", up to the next empty line.
+_ERROR_IN_TRACEBACK = re.compile(r"^[\w.]*(?:Error|Exception): .*(?:\n.+)*", re.MULTILINE)
 
 
 def run_speed(
@@ -31,7 +34,7 @@ def run_speed(
 ) -> list[Row]:
     """Compare every contestant on every problem.
 
-    For each problem: compute the reference; set up and call every contestant once, which is judged; call once more to
+    For each problem: find the truth; set up and call every contestant once, which is judged; call once more to
     warm up; then repeat in turns, each as often as fits in `budget_s`.
 
     Args:
@@ -48,8 +51,7 @@ def run_speed(
     with _float64_default(), warnings.catch_warnings():
         # Timed calls must not pay for the printing of warnings; the judged call records them in the row's notes.
         warnings.simplefilter("ignore")
-        if problems:
-            _import_packages(problems[0], contestants)
+        _import_packages(problems, contestants)
         for problem in problems:
             progress.stage(problem.name)
             rows.extend(_run_problem(problem, contestants, device, budget_s, progress))
@@ -57,7 +59,7 @@ def run_speed(
 
 
 def steps_of(problems: Sequence[BenchmarkProblem], contestants: Sequence[Contestant]) -> int:
-    """Return the number of progress steps: per problem the reference, and two per contestant."""
+    """Return the number of progress steps: per problem the truth, and two per contestant."""
     return sum(1 + 2 * len(_accepted(contestants, problem)) for problem in problems)
 
 
@@ -76,12 +78,14 @@ def _float64_default() -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _import_packages(problem: BenchmarkProblem, contestants: Sequence[Contestant]) -> None:
+def _import_packages(problems: Sequence[BenchmarkProblem], contestants: Sequence[Contestant]) -> None:
     """Set every contestant up once and forget it, so that importing packages is nobody's set-up time."""
     for contestant in contestants:
+        problem = next((p for p in problems if contestant.accepts(p)), None)
         # The same error comes again when the contestant is judged, and is reported there.
         with suppress(Exception):
-            contestant.setup(problem)
+            if problem is not None:
+                contestant.setup(problem)
 
 
 def _run_problem(
@@ -93,14 +97,14 @@ def _run_problem(
 ) -> list[Row]:
     """Return the rows of one problem."""
     progress.advance("reference")
-    reference = compute_reference(problem)
+    truth = find_truth(problem)
     on_device = problem.to(device)
     rows: dict[str, Row] = {}
     solves: dict[str, Solve] = {}
     repetitions: dict[str, int] = {}
     for contestant in _accepted(contestants, problem):
         progress.advance(f"{contestant.name}: judging")
-        row, solve, warm_call_ms = _judge_contestant(on_device, contestant, reference)
+        row, solve, warm_call_ms = _judge_contestant(on_device, contestant, truth)
         rows[contestant.name] = row
         if solve is not None:
             solves[contestant.name] = solve
@@ -127,10 +131,10 @@ def _run_problem(
 
 
 def _judge_contestant(
-    problem: BenchmarkProblem, contestant: Contestant, reference: Reference
+    problem: BenchmarkProblem, contestant: Contestant, truth: Truth
 ) -> tuple[Row, Solve | None, float]:
     """Return the judged row, the solve function if it may be timed, and the time of a warm call in ms."""
-    row = Row(problem.name, contestant.name, contestant.is_ours, contestant.is_diffcp)
+    row = Row(problem.name, contestant.name, contestant.is_ours, contestant.is_diffcp, contestant.kind)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -140,25 +144,26 @@ def _judge_contestant(
             solve = contestant.setup(problem)
             row = replace(row, setup_ms=1e3 * (time.perf_counter() - start_s))
             # The gradients of shared parameters are sums over the batch, so degenerate items get a zero cotangent here.
-            first = call_once(solve, problem, reference.cotangent.to(problem.cotangent.device))
+            first = call_once(solve, problem, truth.cotangent.to(problem.cotangent.device))
         row = replace(row, first_call_ms=first.total_ms, notes=_distinct([str(w.message) for w in caught]))
-        row = replace(
-            row, verdict=_judge_call(problem, reference, first), route=route_of(getattr(solve, "layer", None))
-        )
+        if contestant.kind is not Kind.FLOOR:
+            row = replace(
+                row, verdict=_judge_call(problem, truth, first), route=route_of(getattr(solve, "layer", None))
+            )
         warm = call_once(solve, problem, problem.cotangent)
     except Exception as error:
         return replace(row, error=describe_error(error)), None, 0.0
     return row, solve, warm.total_ms
 
 
-def _judge_call(problem: BenchmarkProblem, reference: Reference, call: Call) -> Verdict:
+def _judge_call(problem: BenchmarkProblem, truth: Truth, call: Call) -> Verdict:
     """Judge the primal and the gradients of a call; a gradient that is None is a gradient of zero."""
     gradients = {}
     for position, gradient in zip(problem.differentiated(), call.gradients, strict=True):
         parameter = problem.parameters[position]
         tensor = torch.zeros_like(parameter.value) if gradient is None else gradient
         gradients[parameter.name] = tensor.cpu().numpy()
-    return judge(problem, reference, call.primal.cpu().numpy(), gradients)
+    return truth.verdict(call.primal.cpu().numpy(), gradients)
 
 
 def _distinct(messages: Sequence[str]) -> tuple[str, ...]:
@@ -167,8 +172,15 @@ def _distinct(messages: Sequence[str]) -> tuple[str, ...]:
 
 
 def describe_error(error: Exception) -> str:
-    """Return type and message of an error in one line; a missing package names the extra that brings it."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_NOTE]
+    """Return type and message of an error in one line; a missing package names the extra that brings it.
+
+    Of a message that is a traceback only its last error is told: what it is about, and no paths of this machine.
+    """
+    message = str(error)
+    told = list(_ERROR_IN_TRACEBACK.finditer(message))
+    if "Traceback (most recent call last)" in message and told:
+        message = told[-1].group()
+    text = f"{type(error).__name__}: {' '.join(message.split())}"[:_LONGEST_NOTE]
     if isinstance(error, ImportError):
         text += ' (pip install "hsbackend[compare]")'
     return text

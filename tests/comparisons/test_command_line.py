@@ -32,9 +32,17 @@ def test_speed_writes_csv_and_markdown(tmp_path: Path, capsys: pytest.CaptureFix
             assert float(record["gradient_error_rel"]) < 1e-7
 
     markdown = (tmp_path / "speed.md").read_text()
-    for heading in ("# Speed comparison", "## Summary", "## qp-n100", "## Contestants", "## Limitations"):
+    for heading in (
+        "# Speed comparison",
+        "## Summary",
+        "## Total ms",
+        "## qp-n100",
+        "## Contestants",
+        "## Limitations",
+    ):
         assert f"\n{heading}\n" in f"\n{markdown}"
-    assert markdown.count("| diffcp-tight |") == len(SUITES["speed"]) + 1
+    # Once per problem, in the summary, and in the table of all times.
+    assert markdown.count("| diffcp-tight |") == len(SUITES["speed"]) + 2
 
     captured = capsys.readouterr()
     header = next(line for line in captured.out.splitlines() if line.startswith("contestant "))

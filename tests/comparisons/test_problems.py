@@ -10,7 +10,7 @@ import torch
 from hsbackend.comparisons.problems import SUITES, BenchmarkProblem, make_problem
 from hsbackend.comparisons.reference import compute_reference
 
-NAMES = SUITES["speed"]
+NAMES = tuple(dict.fromkeys(name for names in SUITES.values() for name in names))
 
 
 def _cvxpy_solution(problem: BenchmarkProblem, item: int, bound_scale: float) -> np.ndarray:
@@ -66,6 +66,31 @@ def test_speed_suite_has_the_sizes_of_the_target() -> None:
     sizes = {"qp-n10": (512, 10), "sudoku-4x4": (150, 64), "portfolio-n100": (128, 100), "birkhoff-4x4": (1024, 16)}
     for name, size in sizes.items():
         assert tuple(make_problem(name).cotangent.shape) == size
+
+
+def test_families_suite_has_the_sizes_of_the_target() -> None:
+    sizes = {
+        "simplex-n50": (256, 50),
+        "simplex-n1000": (64, 1000),
+        "birkhoff-4x4": (1024, 16),
+        "birkhoff-16x16": (64, 256),
+        "birkhoff-32x32": (16, 1024),
+        "monotone-n100": (128, 100),
+        "l1-n100": (128, 100),
+        "budget-n100": (128, 100),
+        "portfolio-n100": (128, 100),
+    }
+    assert {name: tuple(make_problem(name).cotangent.shape) for name in SUITES["families"]} == sizes
+
+
+def test_head_is_the_first_items_and_refuses_shared_parameters() -> None:
+    problem = make_problem("portfolio-n100", quick=True)
+    head = problem.head(2)
+    assert head.batch == 2
+    assert torch.equal(head.cotangent, problem.cotangent[:2])
+    np.testing.assert_array_equal(compute_reference(head).primal, compute_reference(problem).primal[:2])
+    with pytest.raises(ValueError, match="sudoku-4x4 shares A, b: its items cannot be judged apart"):
+        make_problem("sudoku-4x4", quick=True).head(2)
 
 
 def test_sudoku_shares_one_learnable_matrix() -> None:

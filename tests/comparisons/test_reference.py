@@ -16,7 +16,7 @@ from hsbackend.comparisons.problems import (
     make_problem,
     simplex_projection,
 )
-from hsbackend.comparisons.reference import compute_reference, items_of, kkt_residual, solve_item
+from hsbackend.comparisons.reference import compute_reference, items_of, kkt_residual, solve_item, solve_kkt
 
 
 def _with_value(problem: BenchmarkProblem, position: int, value: torch.Tensor) -> BenchmarkProblem:
@@ -42,7 +42,10 @@ def test_infinite_bounds_make_no_rows() -> None:
     np.testing.assert_allclose(solve_item(item).x, [0.0, -1.0], atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ["qp-n10", "shared-n200", "sudoku-4x4", "portfolio-n100", "birkhoff-4x4"])
+KKT_NAMES = ["qp-n10", "shared-n200", "sudoku-4x4", "portfolio-n100", "birkhoff-4x4", "monotone-n100", "l1-n100"]
+
+
+@pytest.mark.parametrize("name", KKT_NAMES)
 def test_reference_satisfies_kkt_to_machine_precision(name: str) -> None:
     problem = make_problem(name, quick=True)
     reference = compute_reference(problem)
@@ -51,7 +54,9 @@ def test_reference_satisfies_kkt_to_machine_precision(name: str) -> None:
     assert reference.is_judged.all()
 
 
-@pytest.mark.parametrize("name", ["qp-n10", "shared-n200", "sudoku-4x4", "portfolio-n100"])
+@pytest.mark.parametrize(
+    "name", ["qp-n10", "shared-n200", "sudoku-4x4", "portfolio-n100", "monotone-n100", "l1-n100", "budget-n100"]
+)
 def test_reference_gradient_is_the_finite_difference(name: str) -> None:
     """Directional derivative of sum(cotangent * x), one random direction per parameter; the step stays on the face."""
     problem = make_problem(name, quick=True, seed=1)
@@ -102,3 +107,33 @@ def test_dependent_active_rows_are_no_obstacle_where_rows_are_constant() -> None
     assert not reference.solutions[0].rows_independent
     assert reference.is_judged.all()
     np.testing.assert_allclose(reference.gradients["V"], 0.0, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_elimination_of_bounds_is_the_kkt_system_solved_whole(seed: int) -> None:
+    """General rows, lower and upper bounds, a dense Hessian, right-hand sides everywhere."""
+    draw = np.random.default_rng(seed)
+    n, p, m = 9, 2, 3
+    root = draw.normal(size=(n, n))
+    qp = QPData(
+        Q=torch.from_numpy(root @ root.T)[None],
+        q=torch.from_numpy(draw.normal(size=n))[None],
+        A=torch.from_numpy(draw.normal(size=(p, n)))[None],
+        b=torch.zeros(1, p, dtype=torch.float64),
+        G=torch.from_numpy(draw.normal(size=(m, n)))[None],
+        h=torch.ones(1, m, dtype=torch.float64),
+        lower=-torch.ones(1, n, dtype=torch.float64),
+        upper=torch.ones(1, n, dtype=torch.float64),
+    )
+    (item,) = items_of(qp)
+    active = np.zeros(item.d.size, dtype=bool)
+    active[[1, m + 0, m + 4, m + n + 2]] = True
+    g, r = draw.normal(size=n), draw.normal(size=p + 4)
+    solution, independent = solve_kkt(item, active, g, r)
+    rows = np.vstack([item.A, item.C[active]])
+    matrix = np.block([[item.Q, rows.T], [rows, np.zeros((p + 4, p + 4))]])
+    np.testing.assert_allclose(matrix @ solution, np.concatenate([g, r]), atol=1e-10)
+    assert independent
+    active[m + 2] = True
+    _, independent = solve_kkt(item, active, g, draw.normal(size=p + 5))
+    assert not independent

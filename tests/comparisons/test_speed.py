@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsbackend.comparisons.contestants import all_contestants, choose_contestants, solver_options
+from hsbackend.comparisons.contestants import Kind, all_contestants, choose_contestants, solver_options
 from hsbackend.comparisons.judge import Grade
 from hsbackend.comparisons.problems import BenchmarkProblem, make_problem
 from hsbackend.comparisons.progress import Progress
 from hsbackend.comparisons.results import Row, best_peer, diffcp_yardstick, speed_up
-from hsbackend.comparisons.speed import run_speed, steps_of
+from hsbackend.comparisons.speed import describe_error, run_speed, steps_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class FakeContestant:
     description: str = "fake"
     is_ours: bool = False
     is_diffcp: bool = False
+    kind: Kind = Kind.GENERAL
 
     def accepts(self, problem: BenchmarkProblem) -> bool:
         return True
@@ -119,6 +120,32 @@ def test_failure_while_timing_keeps_the_verdict_and_loses_the_ratio() -> None:
     assert row.error == "RuntimeError: tired"
     assert row.timing is None
     assert not row.counts
+
+
+def test_floor_has_a_time_and_neither_verdict_nor_ratio() -> None:
+    rows = _run(
+        FakeContestant("ours", _sort_based_simplex_projection, is_ours=True),
+        FakeContestant("sorts", lambda y: y.sort(dim=1).values, kind=Kind.FLOOR),
+    )
+    assert rows["sorts"].outcome == "floor"
+    assert rows["sorts"].verdict is None
+    assert rows["sorts"].timing is not None
+    assert best_peer(list(rows.values())) is None
+
+
+def test_traceback_in_an_error_is_told_by_its_last_error() -> None:
+    message = """callback failed: Traceback (most recent call last):
+  File "/somewhere/a.py", line 1, in <module>
+ValueError: first
+
+During handling of the above exception:
+package.TypingError: Failed in nopython mode
+Unknown attribute 'shape'
+
+File "/somewhere/b.py", line 2
+"""
+    expected = "RuntimeError: package.TypingError: Failed in nopython mode Unknown attribute 'shape'"
+    assert describe_error(RuntimeError(message)) == expected
 
 
 def test_warnings_of_a_contestant_become_notes() -> None:
