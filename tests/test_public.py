@@ -15,8 +15,9 @@ import hsbackend
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules from the bottom up: each may import only those before it.
 ORDER = [
-    "status", "_parallel", "_blas", "program", "batched", "_face_kernels", "metric", "face", "reduce", "route",
-    "solvers", "plan", "differentiate",
+    "status", "_parallel", "_blas", "families", "program", "batched", "_face_kernels", "metric", "face", "reduce",
+    "structure", "route", "solvers", "plan", "differentiate", "operators", "closed_forms", "qp_operators", "qp", "sets",
+    "polyhedron", "functional", "nn",
 ]  # fmt: skip
 
 
