@@ -48,6 +48,8 @@ _EPS = 2.220446049250313e-16
 _ROUNDING = 16.0 * _EPS
 #: Value of an entry just opened by a shortest path: positive, so that it counts as free, and nothing otherwise.
 _OPEN = 1e-290
+#: V larger than the largest marginal by this factor costs three digits of T on the way.
+_FAR = 1024.0
 #: Newton steps before the path is followed instead, and one more per line. Typical are 2 (4 x 4) to 10 (64 x 64);
 #: weights that differ by many orders take more, because there the line search stops at one kink after the other.
 _PATIENCE = 30
@@ -543,8 +545,13 @@ def transport_items(
                 for j in range(columns):
                     demand[j] *= 0.5 * (supplied + demanded) / demanded
             # With weights the way may lead through multipliers far larger than those it ends at: start again there, on
-            # the path, which makes no detours.
-            for attempt in range(2 if weighted else 1):
+            # the path, which makes no detours. Where V is far larger than the marginals, every move of T on the way
+            # rounds like V: start again where the moves still to come are small.
+            size = 0.0
+            for e in range(n):
+                if v[e] > -np.inf:
+                    size = max(size, abs(np.float64(v[e])))
+            for attempt in range(2 if weighted or size > _FAR * largest else 1):
                 for i in range(most_rows):
                     p = rows_used[i]
                     if p >= 0:
@@ -555,9 +562,13 @@ def transport_items(
                                 first[p, q] = v[e]
                                 if weighted:
                                     inverse[p, q] = 1.0 / h[e]
-                                if attempt > 0:
-                                    first[p, q] -= (a[p] + b[q]) * inverse[p, q]
-                patience = 0 if attempt > 0 else _PATIENCE + rows + columns
+                                if attempt > 0:  # V - (a + b), the sum with its rounding (Knuth's two-sum)
+                                    total = a[p] + b[q]
+                                    part = total - a[p]
+                                    rest = (a[p] - (total - part)) + (b[q] - part)
+                                    first[p, q] -= total * inverse[p, q]
+                                    first[p, q] -= rest * inverse[p, q]
+                patience = 0 if attempt > 0 and weighted else _PATIENCE + rows + columns
                 if attempt == 0 and not _start(first, inverse, supply, demand, rows, columns, a, b):
                     outcome = _INFEASIBLE
                 if outcome == _SOLVED:
