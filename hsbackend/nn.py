@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hsbackend.families.family import Choice
 from hsbackend.polyhedron import Polyhedron, project
-from hsbackend.qp import OnFailure, QPSolution, check_options, solve_qp
+from hsbackend.qp import OnFailure, QPSolution, check_options, solve_given
 
 
 def _register(module: torch.nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
@@ -101,7 +101,8 @@ class QP(torch.nn.Module):
         InvalidOptionError: if an option has an unknown value.
 
     Notes:
-        :meth:`forward` returns the :class:`hsbackend.QPSolution` of :func:`hsbackend.solve_qp`.
+        :meth:`forward` returns the :class:`hsbackend.QPSolution` of :func:`hsbackend.solve_qp`. Buffers without batch
+        axes are analysed and factored once, and again when their values change (also in place).
     """
 
     def __init__(
@@ -128,17 +129,13 @@ class QP(torch.nn.Module):
 
         Raises:
             ValueError: if Q or q is neither here nor in the module.
+            UnsupportedProblemError: if Q is a buffer and not positive definite where A leaves room.
         """
         data = {"Q": Q, "q": q, "A": A, "b": b, "G": G, "h": h, "lower": lower, "upper": upper}
-        for name in self._names:
-            if data[name] is None:
-                data[name] = getattr(self, name)
-        quadratic, linear = data.pop("Q"), data.pop("q")
-        if quadratic is None or linear is None:
-            raise ValueError("a program needs `Q` and `q`: give them to the module or to the call")
-        return solve_qp(
-            quadratic, linear, **data, tolerance=self.tolerance, jacobian=self.jacobian, on_failure=self.on_failure
-        )
+        kept = [name for name in self._names if data[name] is None]
+        for name in kept:
+            data[name] = getattr(self, name)
+        return solve_given(data, kept, self.tolerance, self.jacobian, self.on_failure)
 
     def extra_repr(self) -> str:
         """List the data of the module."""

@@ -26,8 +26,8 @@ batch. An item without a solution is NaN; its gradient is zero where its cotange
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -51,15 +51,13 @@ def dual_level_open() -> bool:
     return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
-@contextmanager
-def outer_tangents() -> Iterator[None]:
+def outer_tangents() -> AbstractContextManager[Any]:
     """Keep the tangents of outer transforms in the body of a ``jvp``.
 
     torch turns forward mode off while it calls a ``jvp``, and a jvp of a jvp would lose its outer tangent without a
     word. The price: what was saved carries the inner tangent too, see :func:`primals`.
     """
-    with forward_ad._set_fwd_grad_enabled(True):  # pyright: ignore[reportPrivateUsage]
-        yield
+    return forward_ad._set_fwd_grad_enabled(True)  # pyright: ignore[reportPrivateUsage]
 
 
 def primals(saved: Sequence[Tensor | None]) -> list[Any]:

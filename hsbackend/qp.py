@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hsbackend.families.family import Choice
-from hsbackend.qp_operators import NAMES, Data, Settings, find_active, solve, times
+from hsbackend.qp_operators import NAMES, Data, Settings, constant, find_active, solve, times
 from hsbackend.status import InvalidOptionError
 
 OnFailure = Literal["raise", "nan"]
@@ -171,13 +171,32 @@ def solve_qp(
     Source: implicit differentiation of the KKT conditions on the active face, Amos and Kolter, "OptNet" (2017); the
         choice of the face, Han and Sun (1997), see docs/theory.md.
     """
-    check_options(jacobian, on_failure)
     given = dict(zip(NAMES, (Q, q, A, b, G, h, lower, upper), strict=True))
+    return solve_given(given, (), tolerance, jacobian, on_failure)
+
+
+def solve_given(
+    given: Mapping[str, Tensor | None], kept: Collection[str], tolerance: float, jacobian: Choice, on_failure: OnFailure
+) -> QPSolution:
+    """Do what :func:`solve_qp` does.
+
+    Args:
+        given: its tensors by name.
+        kept: names of data that stay the same from call to call: they are analysed and factored once, and again when
+            their values change. Those that have batch axes or need a gradient do not count.
+        tolerance: as there.
+        jacobian: as there.
+        on_failure: as there.
+    """
+    check_options(jacobian, on_failure)
     for name, tensor in given.items():
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(
                 f"`{name}` has dtype {tensor.dtype}, expected a floating-point dtype: call `.double()` on it"
             )
+    quadratic, q = given["Q"], given["q"]
+    if quadratic is None or q is None:
+        raise ValueError("a program needs `Q` and `q`")
     if q.dim() == 0:
         raise ValueError("`q` has no axes, expected shape (..., n)")
     for rows, right in (("A", "b"), ("G", "h")):
@@ -185,13 +204,18 @@ def solve_qp(
             there, missing = (rows, right) if given[right] is None else (right, rows)
             raise ValueError(f"`{there}` was given without `{missing}`: give both or neither")
     n = q.shape[-1]
-    diagonal = Q.dim() == 1
-    p, m = (0 if right is None else right.shape[-1] for right in (b, h))
-    shapes = {"Q": (n,) if diagonal else (n, n), "q": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,)}
-    flat, batch = flatten(given, {name: shapes.get(name, (n,)) for name in given})
-    settings = Settings(tolerance, jacobian, on_failure == "raise")
-    data = Data(*(None if tensor is None else tensor.to(torch.float64) for tensor in flat.values()))  # pyright: ignore[reportArgumentType]
-    outputs = solve(settings, data)
+    p, m = (0 if right is None else right.shape[-1] for right in (given["b"], given["h"]))
+    shapes = dict.fromkeys(NAMES, (n,)) | {"A": (p, n), "b": (p,), "G": (m, n), "h": (m,)}
+    if quadratic.dim() != 1:
+        shapes["Q"] = (n, n)
+    flat, batch = flatten(given, shapes)
+    constants = tuple(
+        name for name, tensor in given.items() if tensor is not None and name in kept and constant(tensor, shapes[name])
+    )
+    data = Data(
+        *(tensor if tensor is None or name in constants else tensor.to(torch.float64) for name, tensor in flat.items())  # pyright: ignore[reportArgumentType]
+    )
+    outputs = solve(Settings(tolerance, jacobian, on_failure == "raise", constants), data)
     x, y, z, z_lower, z_upper = (
         tensor.reshape(*batch, tensor.shape[1]).to(dtype=q.dtype, device=q.device) for tensor in outputs[:5]
     )

@@ -20,7 +20,7 @@ that is closed under differentiation: ``z = M^+ r`` for a symmetric matrix M, ``
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, Literal
@@ -29,7 +29,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from hsbackend.differentiate import Layer, Output
 from hsbackend.families.family import Choice
@@ -256,15 +256,16 @@ class _Cache:
         """Return the program, made when it is new; ``places`` are the addresses of the constants."""
         key = (structure, places)
         with self._lock:
-            entry = self._entries.get(key)
+            entry = self._entries.pop(key, None)
             if entry is None or not entry.holds(structure, values):
-                entry = next((other for other in self._entries.values() if other.holds(structure, values)), None)
+                known = (other for other, kept in self._entries.items() if kept.holds(structure, values))
+                moved = next(known, None)  # the same values at another address
+                entry = None if moved is None else self._entries.pop(moved)
         if entry is None:
             copies = {name: array.copy() for name, array in values.items()}
             entry = _Entry(_Prepared.build(structure, copies), copies)
         with self._lock:
             self._entries[key] = entry
-            self._entries.move_to_end(key)
             while len(self._entries) > _KEPT:
                 self._entries.popitem(last=False)
         return entry.prepared
@@ -298,6 +299,13 @@ class Settings:
     jacobian: Choice = "active"
     strict: bool = True
     constants: tuple[str, ...] = ()
+
+
+def constant(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor may become part of a program: one value for every item, nobody asks for its derivative."""
+    if tuple(tensor.shape) != shape or tensor.requires_grad:
+        return False
+    return torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(tensor)
 
 
 @dataclass(frozen=True)
@@ -442,26 +450,41 @@ def _solve_values(settings: Settings, data: Data) -> tuple[tuple[Tensor, ...], _
 
 def _pseudo_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     """Apply a symmetric generalised inverse (..., k, k): the pseudo-inverse of the equilibrated matrix."""
-    scale = torch.ones_like(rhs)
+    scale = matrix.new_ones(matrix.shape[:-1])
     for _ in range(3):  # Ruiz (2001): the largest entry of every row tends to one
         largest = (scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2)).abs().amax(-1)
-        scale = scale / torch.where(largest > 0.0, largest, torch.ones_like(largest)).sqrt()
+        scale = scale / torch.where(largest > 0.0, largest, 1.0).sqrt()
     values, vectors = torch.linalg.eigh(scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2))
     size = values.abs()
     kept = size > _RANK * size.amax(-1, keepdim=True)
-    inverse = kept / torch.where(kept, values, torch.ones_like(values))
+    inverse = kept / torch.where(kept, values, 1.0)
     inner = vectors.mT @ (scale * rhs).unsqueeze(-1)
     return scale * (vectors @ (inverse.unsqueeze(-1) * inner)).squeeze(-1)
+
+
+def _pseudo_pullback(solve: Callable[..., Tensor], ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """``p = M^+ g;  r: p,  M: -p z'``."""
+    matrix, z = ctx.saved_tensors
+    p = solve(matrix, cotangent)
+    return (-p.unsqueeze(-1) * z.unsqueeze(-2)).sum_to_size(matrix.shape), p
+
+
+def _pseudo_mapped(size: int, dims: Sequence[int | None], matrix: Tensor, rhs: Tensor) -> tuple[Tensor, int]:
+    """Add the mapped axis in front; a matrix that is not mapped is factored once."""
+    rhs = rhs.expand(size, *rhs.shape) if dims[1] is None else rhs.movedim(dims[1], 0)
+    if dims[0] is not None:
+        matrix = matrix.movedim(dims[0], 0)
+        further = [1] * (rhs.dim() + 1 - matrix.dim())  # the axes that only the right-hand side has
+        matrix = matrix.reshape(size, *further, *matrix.shape[1:])
+    return pseudo_solve(matrix, rhs), 0
 
 
 class _PseudoSolve(torch.autograd.Function):
     """``z = M^+ r`` for a symmetric M; its derivative is itself."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(matrix: Tensor, rhs: Tensor) -> Tensor:
-        """(B, k, k), (B, k)."""
+        """(..., k, k) and (..., k); the right-hand side may have more axes in front."""
         return _pseudo_solve(matrix, rhs)
 
     @staticmethod
@@ -472,10 +495,8 @@ class _PseudoSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
-        """``p = M^+ g;  r: p,  M: -p z'``."""
-        matrix, z = ctx.saved_tensors
-        p = pseudo_solve(matrix, cotangents[0])
-        return -p.unsqueeze(-1) * z.unsqueeze(-2), p
+        """Apply the rule of :func:`_pseudo_pullback`."""
+        return _pseudo_pullback(pseudo_solve, ctx, cotangents[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -487,6 +508,11 @@ class _PseudoSolve(torch.autograd.Function):
             if d_matrix is not None:
                 right = right - (d_matrix @ z.unsqueeze(-1)).squeeze(-1)
             return pseudo_solve(matrix, right)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        """Map over the axes in front."""
+        return _pseudo_mapped(info.batch_size, in_dims, *inputs)
 
 
 @torch.library.custom_op("hsbackend::pseudo_solve", mutates_args=())
@@ -504,9 +530,7 @@ def _pseudo_solve_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor)
 
 
 def _pseudo_solve_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    matrix, z = ctx.saved_tensors
-    p = _pseudo_solve_op(matrix, cotangent)
-    return -p.unsqueeze(-1) * z.unsqueeze(-2), p
+    return _pseudo_pullback(_pseudo_solve_op, ctx, cotangent)
 
 
 _pseudo_solve_op.register_autograd(_pseudo_solve_backward, setup_context=_pseudo_solve_setup)
@@ -514,9 +538,7 @@ _pseudo_solve_op.register_autograd(_pseudo_solve_backward, setup_context=_pseudo
 
 @_pseudo_solve_op.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], matrix: Tensor, rhs: Tensor) -> tuple[Tensor, int]:
-    folded = fold(info.batch_size, (matrix, rhs), in_dims)
-    whole = [tensor.expand(rhs.numel() // rhs.shape[-1], *tensor.shape[1:]) for tensor in folded if tensor is not None]
-    return unfold(info.batch_size, [_pseudo_solve_op(*whole)])[0], 0
+    return _pseudo_mapped(info.batch_size, in_dims, matrix, rhs)
 
 
 def pseudo_solve(matrix: Tensor, rhs: Tensor) -> Tensor:

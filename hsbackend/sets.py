@@ -191,7 +191,9 @@ def project_rows(v: Tensor, weight: Tensor | None, asked: Asked, rows: Rows, eve
         "upper": (n,),
     }
     own = {name: None if tensor is None else tensor.to(v.device) for name, tensor in rows._asdict().items()}
-    constants = tuple(name for name, tensor in own.items() if tensor is not None and _constant(tensor, shapes[name]))
+    constants = tuple(
+        name for name, tensor in own.items() if tensor is not None and qp_operators.constant(tensor, shapes[name])
+    )
     flat, batch = flatten({"point": point, "weight": scale, **own}, shapes)
     point, scale, *data = (
         tensor if tensor is None or name in constants else tensor.to(torch.float64) for name, tensor in flat.items()
@@ -206,13 +208,6 @@ def project_rows(v: Tensor, weight: Tensor | None, asked: Asked, rows: Rows, eve
         nowhere = torch.zeros((), dtype=torch.bool, device=x.device)
         x = settle(x, point, ~(scale > 0.0).all(-1), nowhere, asked)
     return x.to(dtype=v.dtype).reshape(*batch, *event)
-
-
-def _constant(tensor: Tensor, shape: Shape) -> bool:
-    """Whether a tensor may become part of a program: one value for every item, nobody asks for its derivative."""
-    if tuple(tensor.shape) != shape or tensor.requires_grad:
-        return False
-    return torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(tensor)
 
 
 class General(Set):

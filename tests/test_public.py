@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,47 @@ def test_public_names_are_documented(name: str) -> None:
     else:
         assert inspect.getdoc(value)
         assert len(inspect.getdoc(value).splitlines()[0]) > 15
+
+
+def public_callables() -> dict[str, object]:
+    """Return what a PyTorch user calls: functions, named sets, modules."""
+    found = {name: getattr(hsbackend, name) for name in ("project", "solve_qp", "hs_jacobian", "hs_jvp", "hs_vjp")}
+    found |= {f"nn.{name}": getattr(hsbackend.nn, name) for name in ("Projection", "QP")}
+    members = vars(hsbackend.functional).items()
+    found |= {
+        f"functional.{name}": member
+        for name, member in members
+        if inspect.isfunction(member) and member.__module__ == "hsbackend.functional" and not name.startswith("_")
+    }
+    members = vars(hsbackend.Polyhedron).items()
+    found |= {
+        f"Polyhedron.{name}": getattr(hsbackend.Polyhedron, name)
+        for name, member in members
+        if isinstance(member, classmethod) and not name.startswith("_")
+    }
+    return found | {"Polyhedron": hsbackend.Polyhedron}
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_every_argument_is_documented(name: str) -> None:
+    value = public_callables()[name]
+    text = inspect.getdoc(value) or ""
+    assert text.splitlines()[0].endswith((".", "axis.", "}``."))
+    for parameter in inspect.signature(value).parameters:
+        assert re.search(rf"^ +\*?{parameter}: ", text, re.M), f"{name} does not say what {parameter} is"
+
+
+def test_every_function_has_its_set() -> None:
+    """A function of an axis exists for every set whose tensors say everything but the point."""
+    functions = {name.removeprefix("functional.") for name in public_callables() if name.startswith("functional.")}
+    named = {name.removeprefix("Polyhedron.") for name in public_callables() if name.startswith("Polyhedron.")}
+    assert named - functions == {"order", "product", "box_intersect_affine"}
+    assert functions <= named
+
+
+def test_import_is_cheap() -> None:
+    code = "import hsbackend, sys; print([name for name in ('torch', 'numba', 'scipy') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
