@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hsbackend._blas import dot
 from hsbackend._parallel import compile_kernel, inline_kernel
 from hsbackend.status import Status
 
@@ -323,14 +324,6 @@ def _largest(values, count):
 
 
 @inline_kernel
-def _dot(x, y, count):
-    total = 0.0
-    for j in range(count):
-        total += x[j] * y[j]
-    return total
-
-
-@inline_kernel
 def _newton(
     current, trial, inverse, supply, demand, rows, columns, allowance, patience, a, a_trial, b, d, lean, y, residual,
     residual_trial, pivot, graph, degree, free, label, slack, link, distance, parent, state,
@@ -418,7 +411,7 @@ def _newton(
                     any_free = any_free or table[i, j] > 0.0
                 unbalanced = unbalanced or not any_free  # a supply of the size of a rounding
             continue
-        slope_start = _dot(residual, d, columns)
+        slope_start = dot(residual, d, columns)
         length = 1.0
         near = 0.0
         slope_near = slope_start
@@ -430,7 +423,7 @@ def _newton(
             )  # fmt: skip
             for j in range(columns):
                 residual_trial[j] -= demand[j]
-            slope = _dot(residual_trial, d, columns)
+            slope = dot(residual_trial, d, columns)
             # The dual is convex: descent all the way while the slope is positive; a full step may be short, but a
             # shortened one must not be.
             if slope < -0.1 * slope_start and _largest(residual_trial, columns) > good:

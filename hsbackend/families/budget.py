@@ -16,23 +16,14 @@ Sources: Michelot (1986); Cominetti, Mascarenhas and Silva (2014). The compiled 
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hsbackend._parallel import for_each_item
 from hsbackend.families._budget_kernels import budget_items, budget_kkt
-from hsbackend.families.family import Choice, FamilyKKT, FamilySolution, Values
-
-#: Relative amount by which constraints may contradict each other before an item counts as infeasible.
-ALLOWANCE: Final = {np.dtype(np.float64): 1e-9, np.dtype(np.float32): 1e-5}
-_ABSENT: Final = {dtype: np.empty((1, 0), dtype) for dtype in ALLOWANCE}
-
-
-def present(values: Values | None, dtype: np.dtype[Any]) -> Values:
-    """Return contiguous values, or the array of shape (1, 0) that stands for None in kernels."""
-    return _ABSENT[dtype] if values is None else np.ascontiguousarray(values)
+from hsbackend.families.family import ALLOWANCE, Choice, FamilyKKT, FamilySolution, Values, present
 
 
 def solve(
@@ -60,17 +51,14 @@ def solve(
     """
     batch, n = point.shape
     dtype = point.dtype
-    primal = np.empty((batch, n), dtype)
-    multipliers = np.empty((batch, 1), dtype)
-    face = np.empty((batch, n + 1), np.int8)
-    status = np.empty(batch, np.int8)
+    out = FamilySolution.empty(point, 1, n + 1, np.int8)
     work = (4.0 if weight is None and coefficients is None and upper is None else 15.0) * n
     for_each_item(
         budget_items, batch, work, point, present(weight, dtype), present(coefficients, dtype),
         present(rhs, dtype), present(lower, dtype), present(upper, dtype), choice == "support", ALLOWANCE[dtype],
-        primal, multipliers, face, status,
+        out.primal, out.multipliers, out.face, out.status,
     )  # fmt: skip
-    return FamilySolution(primal, multipliers, face, status)
+    return out
 
 
 def kkt(
@@ -94,11 +82,10 @@ def kkt(
     """
     batch, n = rhs_primal.shape
     dtype = rhs_primal.dtype
-    u = np.empty((batch, n), dtype)
-    w = np.empty((batch, 1), dtype)
-    wb = np.empty((batch, n), dtype)
+    out = FamilyKKT.empty(rhs_primal, 1)
     for_each_item(
         budget_kkt, batch, 2.0 * n, face, present(weight, dtype), present(coefficients, dtype),
-        np.ascontiguousarray(rhs_primal), present(rhs_rows, dtype), present(rhs_bounds, dtype), u, w, wb,
+        np.ascontiguousarray(rhs_primal), present(rhs_rows, dtype), present(rhs_bounds, dtype), out.primal, out.rows,
+        out.bounds,
     )  # fmt: skip
-    return FamilyKKT(u, w, wb)
+    return out

@@ -17,7 +17,7 @@ is solved in closed form, and that one operation is the tangent, the cotangent a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,15 @@ from numpy.typing import NDArray
 #: float32 or float64, the same for every array of a call.
 Values = NDArray[Any]
 Choice = Literal["active", "support"]
+
+#: Relative amount by which constraints may contradict each other before an item counts as infeasible.
+ALLOWANCE: Final = {np.dtype(np.float64): 1e-9, np.dtype(np.float32): 1e-5}
+_ABSENT: Final = {dtype: np.empty((1, 0), dtype) for dtype in ALLOWANCE}
+
+
+def present(values: Values | None, dtype: np.dtype[Any]) -> Values:
+    """Return contiguous values, or the array of shape (1, 0) that stands for None in kernels."""
+    return _ABSENT[dtype] if values is None else np.ascontiguousarray(values)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,17 @@ class FamilySolution:
     face: NDArray[Any]
     status: NDArray[np.int8]
 
+    @classmethod
+    def empty(
+        cls, point: Values, rows: int, face_width: int, face_dtype: type[np.signedinteger[Any]]
+    ) -> FamilySolution:
+        """Return arrays to be filled, for points (B, n)."""
+        batch = len(point)
+        return cls(
+            np.empty(point.shape, point.dtype), np.empty((batch, rows), point.dtype),
+            np.empty((batch, face_width), face_dtype), np.empty(batch, np.int8),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class FamilyKKT:
@@ -58,6 +78,12 @@ class FamilyKKT:
     primal: Values
     rows: Values
     bounds: Values
+
+    @classmethod
+    def empty(cls, rhs_primal: Values, rows: int) -> FamilyKKT:
+        """Return arrays to be filled, for right-hand sides (B, n)."""
+        shape, dtype = rhs_primal.shape, rhs_primal.dtype
+        return cls(np.empty(shape, dtype), np.empty((shape[0], rows), dtype), np.empty(shape, dtype))
 
 
 class Family(Protocol):

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from hsbackend._parallel import for_each_item
 from hsbackend.families._budget_kernels import l1_items, l1_kkt
-from hsbackend.families.budget import ALLOWANCE, present
-from hsbackend.families.family import Choice, FamilyKKT, FamilySolution, Values
+from hsbackend.families.family import ALLOWANCE, Choice, FamilyKKT, FamilySolution, Values, present
 from hsbackend.status import UnsupportedProblemError
 
 
@@ -54,16 +53,13 @@ def solve(
         )
     batch, n = point.shape
     dtype = point.dtype
-    primal = np.empty((batch, n), dtype)
-    multipliers = np.empty((batch, 1), dtype)
-    face = np.empty((batch, n + 1), np.int8)
-    status = np.empty(batch, np.int8)
+    out = FamilySolution.empty(point, 1, n + 1, np.int8)
     work = (4.0 if weight is None and coefficients is None else 15.0) * n
     for_each_item(
         l1_items, batch, work, point, present(weight, dtype), present(coefficients, dtype), present(rhs, dtype),
-        choice == "support", ALLOWANCE[dtype], primal, multipliers, face, status,
+        choice == "support", ALLOWANCE[dtype], out.primal, out.multipliers, out.face, out.status,
     )  # fmt: skip
-    return FamilySolution(primal, multipliers, face, status)
+    return out
 
 
 def kkt(
@@ -87,11 +83,10 @@ def kkt(
     """
     batch, n = rhs_primal.shape
     dtype = rhs_primal.dtype
-    u = np.empty((batch, n), dtype)
-    w = np.empty((batch, 1), dtype)
-    wb = np.empty((batch, n), dtype)
+    out = FamilyKKT.empty(rhs_primal, 1)
     for_each_item(
         l1_kkt, batch, 2.0 * n, face, present(weight, dtype), present(coefficients, dtype),
-        np.ascontiguousarray(rhs_primal), present(rhs_rows, dtype), present(rhs_bounds, dtype), u, w, wb,
+        np.ascontiguousarray(rhs_primal), present(rhs_rows, dtype), present(rhs_bounds, dtype), out.primal, out.rows,
+        out.bounds,
     )  # fmt: skip
-    return FamilyKKT(u, w, wb)
+    return out

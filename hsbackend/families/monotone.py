@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from hsbackend._parallel import for_each_item
 from hsbackend.families._monotone_kernels import monotone_items, monotone_kkt_items
-from hsbackend.families.budget import ALLOWANCE, present
-from hsbackend.families.family import Choice, FamilyKKT, FamilySolution, Values
+from hsbackend.families.family import ALLOWANCE, Choice, FamilyKKT, FamilySolution, Values, present
 from hsbackend.status import UnsupportedProblemError
 
 
@@ -59,15 +58,12 @@ def solve(
         )
     batch, n = point.shape
     dtype = point.dtype
-    primal = np.empty((batch, n), dtype)
-    multipliers = np.empty((batch, 2), dtype)
-    face = np.empty((batch, n + 2), np.int32)
-    status = np.empty(batch, np.int8)
+    out = FamilySolution.empty(point, 2, n + 2, np.int32)
     for_each_item(
         monotone_items, batch, 20.0 * n, point, present(weight, dtype), present(rhs, dtype), choice == "support",
-        ALLOWANCE[dtype], primal, multipliers, face, status,
+        ALLOWANCE[dtype], out.primal, out.multipliers, out.face, out.status,
     )  # fmt: skip
-    return FamilySolution(primal, multipliers, face, status)
+    return out
 
 
 def kkt(
@@ -92,11 +88,10 @@ def kkt(
     """
     batch, n = rhs_primal.shape
     dtype = rhs_primal.dtype
-    u = np.empty((batch, n), dtype)
-    w = np.empty((batch, 2), dtype)
-    wb = np.empty((batch, n), dtype)
+    out = FamilyKKT.empty(rhs_primal, 2)
     for_each_item(
         monotone_kkt_items, batch, 5.0 * n, face, present(weight, dtype), np.ascontiguousarray(rhs_primal),
-        present(rhs_rows, dtype), u, w, wb,
+        present(rhs_rows, dtype), out.primal, out.rows,
+        out.bounds,
     )  # fmt: skip
-    return FamilyKKT(u, w, wb)
+    return out

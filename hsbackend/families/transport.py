@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from hsbackend._parallel import for_each_item
 from hsbackend.families._transport_kernels import transport_items, transport_kkt_items
-from hsbackend.families.budget import ALLOWANCE, present
-from hsbackend.families.family import Choice, FamilyKKT, FamilySolution, Values
+from hsbackend.families.family import ALLOWANCE, Choice, FamilyKKT, FamilySolution, Values, present
 from hsbackend.status import UnsupportedProblemError
 
 
@@ -61,15 +60,13 @@ def solve(
     k1, k2 = shape
     batch = len(point)
     dtype = point.dtype
-    primal = np.empty_like(point)
-    multipliers = np.empty((batch, k1 + k2), dtype)
-    face = np.empty(point.shape, np.int8)
-    status = np.empty(batch, np.int8)
+    out = FamilySolution.empty(point, k1 + k2, k1 * k2, np.int8)
     for_each_item(
         transport_items, batch, 40.0 * k1 * k2 + 5.0 * k1 * k2 * min(k1, k2), point, present(weight, dtype),
-        present(rhs, dtype), k1, k2, choice == "support", ALLOWANCE[dtype], primal, multipliers, face, status,
+        present(rhs, dtype), k1, k2, choice == "support", ALLOWANCE[dtype], out.primal, out.multipliers,
+        out.face, out.status,
     )  # fmt: skip
-    return FamilySolution(primal, multipliers, face, status)
+    return out
 
 
 def kkt(
@@ -95,11 +92,10 @@ def kkt(
     k1, k2 = shape
     batch = len(rhs_primal)
     dtype = rhs_primal.dtype
-    u = np.empty_like(rhs_primal)
-    w = np.empty((batch, k1 + k2), dtype)
-    wb = np.empty_like(rhs_primal)
+    out = FamilyKKT.empty(rhs_primal, k1 + k2)
     for_each_item(
         transport_kkt_items, batch, 30.0 * k1 * k2 + 0.5 * k1 * k2 * min(k1, k2), face, present(weight, dtype),
-        np.ascontiguousarray(rhs_primal), present(rhs_rows, dtype), present(rhs_bounds, dtype), k1, k2, u, w, wb,
+        np.ascontiguousarray(rhs_primal), present(rhs_rows, dtype), present(rhs_bounds, dtype), k1, k2,
+        out.primal, out.rows, out.bounds,
     )  # fmt: skip
-    return FamilyKKT(u, w, wb)
+    return out
