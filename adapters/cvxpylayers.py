@@ -41,7 +41,7 @@ from hsbackend.status import (
 )
 
 _OPTIONS = ("tolerance", "jacobian", "on_failure")
-_SOLVERS = ("semismooth_newton", "active_set", "reference")
+_SOLVERS = ("families", "semismooth_newton", "active_set", "reference")
 
 
 class IgnoredOptionWarning(UserWarning):
@@ -147,7 +147,8 @@ class HSBackend(SolverInterface):
         fallback: ``"diffcp"`` hands problems that are not polyhedral to the default backend, ``"error"`` raises.
         on_failure: ``"raise"`` raises :class:`hsbackend.SolveError` naming the failing items, ``"nan"`` returns NaN in
             those items only.
-        solver: insist on ``"semismooth_newton"``, ``"active_set"`` or ``"reference"``; None chooses by structure.
+        solver: insist on ``"families"``, ``"semismooth_newton"``, ``"active_set"`` or ``"reference"``; None chooses by
+            structure.
 
     Attributes:
         routes: reports of the layers set up so far, oldest first.

@@ -141,12 +141,16 @@ def choose(
         )
         return Route("diffcp", reason, tuple(notes))
     total = rows.shape[0] + len(bounds.variables)
-    if requested is None and groups and _sizes_fit(groups):
+    if requested in (None, "families") and groups and _sizes_fit(groups):
         reason = "recognised " + ", ".join(str(group) for group in groups)
         return Route("families", reason, tuple(notes), tuple(flat.tolist()), groups)
     if len(flat):
         notes = [*notes, f"{_plural(len(flat), 'epigraph variable')} without curvature: proximal steps"]
     newton_possible = diagonal and not len(flat) and len(bounds.variables) > 0
+    if requested == "families":
+        return Route(
+            "diffcp", "families was requested but no named polyhedron or independent block was found", tuple(notes)
+        )
     if requested == "reference" and len(flat):
         return Route("diffcp", "reference was requested but needs curvature in every variable", tuple(notes))
     if requested == "reference":

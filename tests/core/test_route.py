@@ -62,6 +62,10 @@ def test_a_requested_solver_is_never_replaced() -> None:
     assert route.solver == "diffcp"
     assert "needs a diagonal Hessian" in route.reason
     assert Plan(box_program(np.ones((1, 4)), equalities=1), "active_set").route.solver == "active_set"
+    assert Plan(box_program(np.ones((1, 4)), equalities=1), "families").route.solver == "families"
+    route = Plan(box_program(np.array([[1.0] * 6, [1.0, 2.0] * 3]), equalities=1), "families").route
+    assert route.solver == "diffcp"
+    assert "families was requested" in route.reason
 
 
 def test_a_hessian_that_depends_on_a_parameter_may_be_singular_for_one_item() -> None:
