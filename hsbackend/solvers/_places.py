@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsbackend.program import FloatArray, IndexArray, QPValues
+from hsbackend.solvers.result import Result
+from hsbackend.status import Status
 from hsbackend.structure import Group
 
 #: Equal rows may contradict each other by this much, relative to the right-hand side: rounding of their scaling.
@@ -204,3 +206,14 @@ class Rows:
         ratio = self.ratio(rhs)
         picked = ratio[..., 0] if chosen is None else np.take_along_axis(ratio, chosen[..., None], axis=3)[..., 0]
         return np.ascontiguousarray(picked).reshape(-1, self.size)
+
+
+def merge_status(status: NDArray[np.int8], result: Result) -> None:
+    """Carry the status (B G,) of blocks to their items: invalid input first, any other failure as NOT_CONVERGED."""
+    if not status.any():
+        return
+    blocks = status.reshape(len(result.status), -1)
+    failed = (blocks != Status.SOLVED).any(axis=1)
+    invalid = (blocks == Status.INVALID_INPUT).any(axis=1)
+    result.status[failed & (result.status == Status.SOLVED)] = Status.NOT_CONVERGED
+    result.status[invalid] = Status.INVALID_INPUT

@@ -12,14 +12,17 @@ quadratic programming using recursive LDL' updates" (2022), whose code (MIT) was
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from hsbackend._parallel import for_each_item
-from hsbackend.face import GramFace
+from hsbackend.face import BlockFace, BoxFace, GramFace, MixedFace
 from hsbackend.metric import ItemMetric, Metric, SharedMetric
 from hsbackend.program import FloatArray, IndexArray, QPValues
+from hsbackend.route import DENSE_LIMIT
 from hsbackend.solvers._gram_kernels import normalise, solve_items
 from hsbackend.solvers._verify_kernels import kkt_residuals
 from hsbackend.solvers.result import Options, Result
@@ -168,6 +171,31 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
             metric, scale, working, count, offset, inverse, side, n_eq, m, values.proximal, weight
         )  # fmt: skip
     return Result(primal, rows, np.ascontiguousarray(multipliers[:, left:]), status, steps, face)
+
+
+def finish(values: QPValues, options: Options, result: Result, gram_setup: Callable[[], GramSetup | None]) -> Result:
+    """Solve the items that another solver reports as NOT_CONVERGED, unless the problem is too large for this one.
+
+    Args:
+        values: the problems.
+        options: tolerances and what to keep.
+        result: of the other solver; its arrays are overwritten in those items.
+        gram_setup: gives the constant data when an item has to be solved.
+    """
+    unfinished = np.flatnonzero(result.status == Status.NOT_CONVERGED).astype(np.int64)
+    size = values.num_variables + values.rhs_rows.shape[1] + len(values.bounded)
+    if not len(unfinished) or size > DENSE_LIMIT:
+        return result
+    left = values.take(unfinished)
+    rest = verify(left, options, solve(left, options, gram_setup()))
+    result.primal[unfinished] = rest.primal
+    result.rows[unfinished] = rest.rows
+    result.bounds[unfinished] = rest.bounds
+    result.status[unfinished] = rest.status
+    result.steps[unfinished] += rest.steps
+    if isinstance(result.face, BoxFace | BlockFace) and rest.face is not None:
+        return replace(result, face=MixedFace(result.face, rest.face, unfinished))
+    return result
 
 
 def _residuals(

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 
-from hsbackend.face import BlockFace, Face, FacePart, KKTSolution, MixedFace
+from hsbackend.face import BlockFace, FacePart, KKTSolution
 from hsbackend.program import FloatArray, IndexArray, QPValues
-from hsbackend.route import DENSE_LIMIT, newton_wins
+from hsbackend.route import newton_wins
 from hsbackend.solvers import active_set, semismooth_newton
-from hsbackend.solvers._places import Columns, Structure
+from hsbackend.solvers._places import Columns, Structure, merge_status
 from hsbackend.solvers.family_blocks import BudgetBlocks, L1Blocks, MonotoneBlocks, TransportBlocks
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
@@ -101,11 +101,7 @@ class _General:
         else:
             found = active_set.verify(own, options, active_set.solve(own, options, gram()))
         count = self.columns.count
-        status = found.status.reshape(-1, count)
-        worst = status.max(axis=1, initial=0)
-        mixed = (status != Status.SOLVED).any(axis=1)
-        np.copyto(result.status, np.where(mixed & (worst != Status.INVALID_INPUT), Status.NOT_CONVERGED, worst),
-                  where=mixed & (result.status == Status.SOLVED), casting="unsafe")  # fmt: skip
+        merge_status(found.status, result)
         at = self._bounded_at.ravel()
         self.columns.put(found.primal, result.primal)
         result.rows[:, self.rows.ravel()] = found.rows.reshape(values.batch, -1)
@@ -177,18 +173,6 @@ def solve(
     parts = [part.solve(values, options, result) for part in setup.parts]
     # A family may take -inf for "not this one"; in a program it is a cost without an optimum.
     result.status[~np.isfinite(values.rhs_primal).all(axis=1)] = Status.INVALID_INPUT
-    face: Face | None = BlockFace((batch, n, m, len(values.bounded)), parts) if options.keep_face else None
-    result = replace(result, face=face)
-    unfinished = np.flatnonzero(result.status == Status.NOT_CONVERGED).astype(np.int64)
-    if not len(unfinished) or n + m + len(values.bounded) > DENSE_LIMIT:
-        return result
-    left = values.take(unfinished)
-    rest = active_set.verify(left, options, active_set.solve(left, options, gram_setup()))
-    result.primal[unfinished] = rest.primal
-    result.rows[unfinished] = rest.rows
-    result.bounds[unfinished] = rest.bounds
-    result.status[unfinished] = rest.status
-    result.steps[unfinished] += rest.steps
-    if face is not None and rest.face is not None:
-        face = MixedFace(face, rest.face, unfinished)
-    return replace(result, face=face)
+    if options.keep_face:
+        result = replace(result, face=BlockFace((batch, n, m, len(values.bounded)), parts))
+    return active_set.finish(values, options, result, gram_setup)

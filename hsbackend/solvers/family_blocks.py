@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hsbackend.face import FacePart, KKTSolution
 from hsbackend.families import budget, l1, monotone, transport
 from hsbackend.program import FloatArray, IndexArray, QPValues
-from hsbackend.solvers._places import Columns, Rows, Structure
+from hsbackend.solvers._places import Columns, Rows, Structure, merge_status
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
 from hsbackend.structure import Group
@@ -50,22 +50,18 @@ class _Family:
             return None
         return self.columns.repeat(self.group.coefficients, values.batch)
 
-    def merge_status(
+    def report(
         self, status: NDArray[np.int8], wrong: NDArray[np.bool_] | None, weight: FloatArray | None, result: Result
     ) -> None:
         """Carry the status of the blocks to their items: invalid input first, then any other failure."""
         if wrong is not None and wrong.any():
             status = np.where((status == Status.SOLVED) & wrong, np.int8(Status.INFEASIBLE), status)
-        if not status.any():
-            return
-        if weight is not None:  # a Hessian that is not positive is not the input's fault; the active set says so
+        if (
+            weight is not None and status.any()
+        ):  # a Hessian that is not positive is not the input's fault; the active set says so
             flat = np.broadcast_to((weight <= 0.0).any(axis=1), status.shape)
             status = np.where(flat & (status == Status.INVALID_INPUT), np.int8(Status.NOT_STRICTLY_CONVEX), status)
-        worst = status.reshape(len(result.status), -1)
-        failed = (worst != Status.SOLVED).any(axis=1)
-        invalid = (worst == Status.INVALID_INPUT).any(axis=1)
-        result.status[failed & (result.status == Status.SOLVED)] = Status.NOT_CONVERGED
-        result.status[invalid] = Status.INVALID_INPUT
+        merge_status(status, result)
 
 
 class BudgetBlocks(_Family):
@@ -87,7 +83,7 @@ class BudgetBlocks(_Family):
             rhs = np.array([[-np.inf, np.inf]])
         shape = (columns.size,)
         found = budget.solve(point, weight, coefficients, rhs, lower, upper, shape, options.jacobian)
-        self.merge_status(found.status, wrong, weight, result)
+        self.report(found.status, wrong, weight, result)
         columns.put(found.primal, result.primal)
         side = found.face[:, :-1]
         row_side = found.face[:, -1]
@@ -147,7 +143,7 @@ class MonotoneBlocks(_Family):
         if offset is not None:
             rhs[:, 1] += offset[:, -1]
         found = monotone.solve(point, weight, None, rhs, None, None, (n,), options.jacobian)
-        self.merge_status(found.status, None, weight, result)
+        self.report(found.status, None, weight, result)
         primal = found.primal if offset is None else found.primal - offset
         columns.put(primal, result.primal)
         curvature = factor if weight is None else weight
@@ -220,7 +216,7 @@ class TransportBlocks(_Family):
             floor = lower.reshape(-1, k1, k2)
             rhs = rhs - np.concatenate([floor.sum(axis=2), floor.sum(axis=1)], axis=1)
         found = transport.solve(point, weight, None, rhs, None, None, (k1, k2), options.jacobian)
-        self.merge_status(found.status, wrong, weight, result)
+        self.report(found.status, wrong, weight, result)
         primal = found.primal + lower if shifted else found.primal
         columns.put(primal, result.primal)
         chosen = rows.choose(values.rhs_rows, np.ones((len(point), k1 + k2)))
@@ -266,7 +262,7 @@ class L1Blocks(_Family):
         epigraph = group.auxiliary.ravel()
         assert group.coefficients is not None
         assert group.factor is not None
-        k = np.tile(group.factor, (values.batch, 1))
+        k = columns.repeat(group.factor, values.batch)
         weights = columns.repeat(group.coefficients, values.batch)
         factor, weight = columns.hessian(values)
         linear = columns.take(values.rhs_primal)
@@ -276,7 +272,7 @@ class L1Blocks(_Family):
         centre = 0.5 * (limits[:, 1 : 1 + n] - limits[:, 1 + n :])
         family_weights = None if np.all(weights == 1.0) else weights
         found = l1.solve(point - centre, weight, family_weights, radius, None, None, (n,), options.jacobian)
-        self.merge_status(found.status, None, weight, result)
+        self.report(found.status, None, weight, result)
         primal = found.primal + centre
         columns.put(primal, result.primal)
         result.primal[:, epigraph] = (np.abs(found.primal) / k).reshape(values.batch, -1)

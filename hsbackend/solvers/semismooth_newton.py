@@ -7,21 +7,18 @@ bounds cost nothing there; items it has not finished in ``MAX_STEPS`` steps go t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from hsbackend._parallel import for_each_item
-from hsbackend.face import BoxFace, Face, MixedFace
+from hsbackend.face import BoxFace, Face
 from hsbackend.program import FloatArray, IndexArray, QPValues
-from hsbackend.route import DENSE_LIMIT
 from hsbackend.solvers import active_set
 from hsbackend.solvers._newton_kernels import newton_items
 from hsbackend.solvers.active_set import gather
 from hsbackend.solvers.result import Options, Result
-from hsbackend.status import Status
 
 #: Items that need more are degenerate, infeasible or ill-conditioned; measured: portfolio and simplex need at most 12.
 MAX_STEPS = 30
@@ -118,16 +115,4 @@ def solve(
             gather(stores, offset), offset, order, count, side_rows, side_bounds,
         )  # fmt: skip
     result = Result(primal, multipliers, bound_multipliers, status, steps, face)
-    unfinished = np.flatnonzero(status == Status.NOT_CONVERGED).astype(np.int64)
-    if not len(unfinished) or n + m + len(values.bounded) > DENSE_LIMIT:
-        return result
-    left = values.take(unfinished)
-    rest = active_set.verify(left, options, active_set.solve(left, options, gram_setup()))
-    result.primal[unfinished] = rest.primal
-    result.rows[unfinished] = rest.rows
-    result.bounds[unfinished] = rest.bounds
-    result.status[unfinished] = rest.status
-    result.steps[unfinished] += rest.steps
-    if face is not None and rest.face is not None:
-        face = MixedFace(face, rest.face, unfinished)
-    return replace(result, face=face)
+    return active_set.finish(values, options, result, gram_setup)
