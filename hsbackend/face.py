@@ -244,7 +244,7 @@ class MixedFace:
         items: (k,) the items ``second`` holds.
     """
 
-    first: BoxFace | BlockFace
+    first: Face
     second: Face
     items: IndexArray
 
@@ -314,4 +314,98 @@ class DenseFace:
         return KKTSolution(u, w, w_bounds)
 
 
-Face = GramFace | BoxFace | BlockFace | MixedFace | DenseFace
+#: Relative to the largest: singular values of the unit-norm active rows, curvature on the face, and returned part of a
+#: null direction below which each counts as zero.
+_RANK, _CURVATURE, _SEEN = 1e-10, 1e-12, 1e-9
+
+
+@dataclass(frozen=True)
+class LeastNormFace:
+    """Face of a problem whose Hessian may be singular on it: the selection of least norm among the optima.
+
+    On the face ``N x = d`` the optima of a semidefinite Hessian form an affine set; the selection is its point of least
+    norm in the variables that are read. With Z a basis of null(N), ``P0 = Z (Z'HZ)^+ Z'``, Z0 a basis of the null
+    space of H on the face, M the mask of the variables that are read and ``R = I - Z0 (M Z0)^+ M``, its derivative is
+
+        u = R (u0),   u0 = N^+ r + P0 (R'g - H N^+ r),   w = N^+' (R'g - H u0),
+
+    for M = I the limit of ``H + eps I`` as eps falls to 0, with directions in which nothing holds the optimum dropped.
+    Dense, formed at the first use, item by item.
+
+    Attributes:
+        values: the problems.
+        active_rows: (B, m) side of the general rows in K.
+        active_bounds: (B, nb) side of the bounds in K.
+        read: (n,) variables whose norm selects among the optima.
+    """
+
+    values: QPValues
+    active_rows: IndexArray
+    active_bounds: IndexArray
+    read: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
+    def _item(self, b: int) -> tuple[FloatArray, FloatArray]:
+        """Return the Hessian and the active rows of an item."""
+        hessian = self.values.hessian[b if self.values.hessian.shape[0] > 1 else 0]
+        hessian = np.diag(hessian) if self.values.diagonal else hessian
+        general = self.values.rows[b if self.values.rows.shape[0] > 1 else 0][np.flatnonzero(self.active_rows[b])]
+        units = np.zeros((int(np.count_nonzero(self.active_bounds[b])), len(hessian)))
+        units[np.arange(len(units)), self.values.bounded[np.flatnonzero(self.active_bounds[b])]] = 1.0
+        return hessian, np.concatenate([general, units])
+
+    @cached_property
+    def _operators(self) -> list[tuple[FloatArray, FloatArray, FloatArray, FloatArray | None]]:
+        """Return N, N^+, P0 and R (None for the identity) of every item."""
+        return [self._operator(b) for b in range(self.values.batch)]
+
+    def _operator(self, b: int) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | None]:
+        hessian, normals = self._item(b)
+        n = len(hessian)
+        if not (np.isfinite(hessian).all() and np.isfinite(normals).all()):
+            return normals, np.full((n, len(normals)), np.nan), np.full((n, n), np.nan), None
+        if len(normals):
+            size = np.linalg.norm(normals, axis=1)
+            unit = normals / np.where(size > 0.0, size, 1.0)[:, None]
+            left, singular, right = np.linalg.svd(unit, full_matrices=True)
+            rank = int(np.sum(singular > _RANK * singular.max(initial=0.0)))
+            basis = right[rank:].T
+            pseudo = (right[:rank].T / singular[:rank]) @ left[:, :rank].T / np.where(size > 0.0, size, 1.0)
+            if rank < len(normals):  # dependent rows: make the multipliers minimal in their own units
+                across = np.linalg.svd(normals, full_matrices=False)[0][:, :rank]
+                pseudo = pseudo @ across @ across.T
+        else:
+            basis, pseudo = np.eye(n), np.zeros((n, 0))
+        inner = basis.T @ hessian @ basis
+        curvature, vectors = np.linalg.eigh(0.5 * (inner + inner.T))
+        curved = curvature > _CURVATURE * np.abs(np.diag(hessian)).max(initial=0.0)
+        directions = basis @ vectors
+        inverse = (directions[:, curved] / curvature[curved]) @ directions[:, curved].T
+        null = directions[:, ~curved]
+        if not null.shape[1]:
+            return normals, pseudo, inverse, None
+        correction = null @ np.linalg.pinv(null[self.read], rcond=_SEEN)
+        select = np.eye(n)
+        select[:, self.read] -= correction
+        return normals, pseudo, inverse, select
+
+    def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
+        """Solve the KKT system of the class docstring; arguments as in :meth:`GramFace.kkt_solve`."""
+        u, w, w_bounds = np.zeros(rhs_primal.shape), np.zeros(rhs_rows.shape), np.zeros(rhs_bounds.shape)
+        for b, (normals, pseudo, inverse, select) in enumerate(self._operators):
+            hessian = self.values.hessian[b if self.values.hessian.shape[0] > 1 else 0]
+            hessian = np.diag(hessian) if self.values.diagonal else hessian
+            rows, at = np.flatnonzero(self.active_rows[b]), np.flatnonzero(self.active_bounds[b])
+            target = np.concatenate([rhs_rows[b, rows], rhs_bounds[b, at]])
+            g = rhs_primal[b] if select is None else select.T @ rhs_primal[b]
+            x = pseudo @ target
+            x += inverse @ (g - hessian @ x)
+            x += inverse @ (g - hessian @ x)  # one step of refinement
+            multipliers = pseudo.T @ (g - hessian @ x)
+            x += pseudo @ (target - normals @ x)
+            u[b] = x if select is None else select @ x
+            w[b, rows] = multipliers[: len(rows)]
+            w_bounds[b, at] = multipliers[len(rows) :]
+        return KKTSolution(u, w, w_bounds)
+
+
+Face = GramFace | BoxFace | BlockFace | MixedFace | DenseFace | LeastNormFace

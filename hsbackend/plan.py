@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from hsbackend import reduce, structure
 from hsbackend.batched import matvec, vecmat, weighted_gram
-from hsbackend.face import Face, GramFace
+from hsbackend.face import Face, GramFace, MixedFace
 from hsbackend.program import FloatArray, IndexArray, Program, QPValues, as_slice
-from hsbackend.route import Route, SolverName, choose, describe
-from hsbackend.solvers import active_set, blocks, reference, semismooth_newton
+from hsbackend.route import DENSE_LIMIT, Route, SolverName, choose, describe
+from hsbackend.solvers import active_set, blocks, reference, semidefinite, semismooth_newton
 from hsbackend.solvers._places import Limits, Structure
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
@@ -37,6 +37,7 @@ class Solution:
         conflicts: for infeasible items, the rows that cannot hold together.
         steps: (B,) iterations of the solver.
         face: None when no derivative was asked for.
+        non_unique: (B,) whether the item has other optima; the one of least norm is returned (docs/theory.md).
     """
 
     primal: FloatArray
@@ -45,6 +46,7 @@ class Solution:
     conflicts: dict[int, list[int]]
     steps: IndexArray
     face: Face | None
+    non_unique: NDArray[np.bool_]
     presolved: _Presolved = field(repr=False)
 
 
@@ -91,6 +93,7 @@ class Plan:
     def __init__(self, program: Program, solver: SolverName | None = None) -> None:
         """Presolve, route, factor."""
         self.program = program
+        self._requested = solver
         reduced, self._steps = reduce.reduce_constant(program)
         self._varying = reduce.eliminate_varying(reduced)
         if self._varying is not None:
@@ -111,7 +114,10 @@ class Plan:
         groups = structure.find_groups(
             self._rows, reduced.num_equalities, self._bounds, reduced.rhs, pattern, self._free_of_charge()
         )
-        self.route = choose(reduced, self._rows, self._bounds, self._diagonal, pattern, notes, solver, groups)
+        self._seen = self._read()
+        self.route = choose(
+            reduced, self._rows, self._bounds, self._diagonal, pattern, notes, solver, groups, self._seen
+        )
         self._proximal = np.array(self.route.proximal, dtype=np.int64)
         self._constant_hessian = self._varying is None and reduced.quadratic.constant
         if self._varying is not None:
@@ -120,6 +126,9 @@ class Plan:
             )
         self._constant_rows = self._rows.constant
         self._gram: active_set.GramSetup | None = None
+        self._semidefinite = self.route.polyhedral and bool(np.any(self._seen[self._proximal]))
+        self._flat = self._proximal
+        self._semidefinite_setup: semidefinite.SemidefiniteSetup | None = None
         self._newton: semismooth_newton.NewtonSetup | None = None
         self._blocks: blocks.BlockSetup | None = None
         self._fixed_limits: tuple[FloatArray, FloatArray, IndexArray, IndexArray] | None = None
@@ -139,17 +148,73 @@ class Plan:
         if self._constant_hessian:
             self._fixed_hessian = self._hessian(none)
             curved = np.setdiff1d(np.arange(self._reduced.num_variables), self._proximal)
-            if self._diagonal and not np.all(self._fixed_hessian[:, curved] > 0.0):
-                self._refuse("the Hessian has a negative or zero diagonal entry")
+            if self._diagonal and np.any(self._fixed_hessian < 0.0):
+                self._refuse("the Hessian has a negative diagonal entry")
                 return
-        if self.route.solver == "semismooth_newton":
+            if self._diagonal and not np.all(self._fixed_hessian[:, curved] > 0.0):
+                self._semidefinite = True
+        if self._semidefinite:
+            self._prepare_semidefinite()
+        elif self.route.solver == "semismooth_newton":
             self._newton = semismooth_newton.NewtonSetup(self._rows.pattern(), self._bounds.variables)
         elif self.route.groups and all(group.family != "general" for group in self.route.groups):
             self._blocks = self._block_setup()
-        elif self._constant_hessian and self._constant_rows and self._gram_setup() is None:
-            self._refuse("the Hessian is singular on the subspace left by the equalities")
+        elif (
+            self._constant_hessian
+            and self._constant_rows
+            and (self._gram_setup() is None or not self._curved_beside_the_flat())
+        ):
+            self._prepare_semidefinite()
         elif self.route.groups:
             self._blocks = self._block_setup()
+
+    def _read(self) -> NDArray[np.bool_]:
+        """Find the variables (n of the reduced program) that are returned, or that define one that is."""
+        read = self.program.outputs
+        for step in self._steps:
+            definitions = step.definitions
+            defined = np.repeat(definitions.targets, np.diff(definitions.indptr))
+            defining = definitions.indices[read[step.gone][defined]]
+            read = read[step.kept]
+            read[defining] = True
+        if self._varying is not None:
+            definitions = self._varying.definitions
+            defining = definitions.columns[read[self._varying.gone][definitions.rows]]
+            read = read[self._varying.kept]
+            read[defining] = True
+        return read
+
+    def _curved_beside_the_flat(self) -> bool:
+        """Whether a constant Hessian is positive definite on the variables without proximal steps, if there are any."""
+        if not len(self._proximal) or self._diagonal or self._fixed_hessian is None:
+            return True
+        curved = np.setdiff1d(np.arange(self._reduced.num_variables), self._proximal)
+        block = self._fixed_hessian[0][np.ix_(curved, curved)]
+        return bool(np.linalg.eigvalsh(block)[0] > 1e-12 * np.abs(np.diag(block)).max())
+
+    def _prepare_semidefinite(self) -> None:
+        """Take the way of linear programs and semidefinite Hessians."""
+        route = self.route
+        if route.solver == "reference":
+            return self._refuse("reference was requested but needs a positive definite Hessian")
+        if route.solver == "semismooth_newton" and self._requested is not None:
+            return self._refuse("semismooth_newton was requested but needs curvature in every variable")
+        if self._too_large:
+            return self._refuse("the Hessian is singular and the problem too large for the dense active-set solver")
+        if self._fixed_hessian is not None and self._fixed_rows is not None:
+            setup = semidefinite.SemidefiniteSetup(
+                self._fixed_hessian, self._fixed_rows, self._reduced.num_equalities, self._bounds.variables, self._flat
+            )
+            if not setup.convex:
+                return self._refuse("the Hessian has negative curvature")
+            self._semidefinite_setup = setup
+        self._semidefinite = True
+        zero = len(self._flat) == self._reduced.num_variables
+        kind = "linear program" if zero else "semidefinite Hessian"
+        notes = [note for note in route.notes if "epigraph variable" not in note or "fixed" in note]
+        notes.append("proximal steps; where the optimum is not unique, the one of least norm")
+        reason = f"{kind}, {self._rows.shape[0] + len(self._bounds.variables)} rows and bounds"
+        self.route = Route("active_set", reason, tuple(notes), route.proximal)
 
     def _free_of_charge(self) -> NDArray[np.bool_]:
         """Find the variables (n of the reduced program) without linear cost in any call, which nobody reads."""
@@ -243,6 +308,8 @@ class Plan:
             np.ascontiguousarray(row_side[:, self._kept_rows]), self._bounds.variables, lower, upper, self._proximal,
         )  # fmt: skip
         result = self._run(values, options, warm)
+        if not self._semidefinite:
+            result = self._run_again(values, options, result)
         presolved = _Presolved(definitions, curvature, lower_slot, upper_slot)
         conflicts = self._conflicts(result, presolved)
         for item in np.flatnonzero(crossing.any(axis=1)):
@@ -266,7 +333,10 @@ class Plan:
         if failed.any():
             primal[failed] = np.nan
             multipliers[failed] = np.nan
-        return Solution(primal, multipliers, result.status, conflicts, result.steps, result.face, presolved)
+        non_unique = np.zeros(batch, dtype=bool)
+        if result.non_unique is not None:
+            non_unique = result.non_unique & (result.status == Status.SOLVED)
+        return Solution(primal, multipliers, result.status, conflicts, result.steps, result.face, non_unique, presolved)
 
     def _limits(self, row_side: FloatArray) -> tuple[FloatArray, FloatArray, IndexArray, IndexArray, NDArray[np.bool_]]:
         """Return lower and upper limits (B, nb), the candidates that set them, and where they cross for good."""
@@ -289,6 +359,8 @@ class Plan:
     def _run(self, values: QPValues, options: Options, warm: Face | None) -> Result:
         if self.route.solver == "reference":
             return reference.solve(values, options)
+        if self._semidefinite:
+            return semidefinite.solve(values, options, self._seen, self._semidefinite_setup)
         if self._blocks is not None:
             return blocks.solve(values, options, self._blocks, self._gram_setup)
         if self._newton is not None:
@@ -296,6 +368,31 @@ class Plan:
         guess = warm if isinstance(warm, GramFace) and warm.side.shape[0] == values.batch else None
         result = active_set.solve(values, options, self._gram_setup(), guess)
         return active_set.verify(values, options, result)
+
+    def _run_again(self, values: QPValues, options: Options, result: Result) -> Result:
+        """Solve the items again whose Hessian turned out singular, and those the proximal steps did not finish."""
+        wanted = [Status.NOT_STRICTLY_CONVEX]
+        if len(self._proximal):
+            wanted += [Status.NOT_CONVERGED, Status.UNBOUNDED]
+        items = np.flatnonzero(np.isin(result.status, wanted)).astype(np.int64)
+        if self._requested == "reference" or not len(items) or self._too_large:
+            return result
+        again = semidefinite.solve(values.take(items), options, self._seen)
+        result.primal[items], result.rows[items], result.bounds[items] = again.primal, again.rows, again.bounds
+        result.status[items] = again.status
+        result.steps[items] += again.steps
+        face = result.face
+        if again.face is not None:
+            face = again.face if face is None else MixedFace(face, again.face, items)
+        non_unique = np.zeros(values.batch, dtype=bool)
+        if again.non_unique is not None:
+            non_unique[items] = again.non_unique
+        return replace(result, face=face, non_unique=non_unique)
+
+    @property
+    def _too_large(self) -> bool:
+        """Whether the reduced program is too large for a dense solver."""
+        return self._reduced.num_variables + self._rows.shape[0] + len(self._bounds.variables) > DENSE_LIMIT
 
     def adjoint(
         self, solution: Solution, grad_primal: FloatArray, grad_multipliers: FloatArray | None, whole: bool = True

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from hsbackend.program import IndexArray, MatrixEntries, Program
 from hsbackend.reduce import Bounds, Elimination, VaryingElimination
@@ -115,6 +116,7 @@ def choose(
     notes: list[str],
     requested: SolverName | None,
     groups: tuple[Group, ...],
+    read: NDArray[np.bool_],
 ) -> Route:
     """Choose the solver of a reduced program.
 
@@ -127,6 +129,7 @@ def choose(
         notes: findings of the presolve, for the report.
         requested: a solver the caller insists on.
         groups: independent blocks, empty when the program is best left whole.
+        read: (n,) variables that are returned, or that define one that is.
 
     Returns:
         The route; ``"diffcp"`` with the reason when no solver of ours can take the problem.
@@ -134,17 +137,14 @@ def choose(
     n = reduced.num_variables
     curved = np.diff(sp.csr_array(hessian_pattern).indptr) > 0
     flat: IndexArray = np.flatnonzero(~curved).astype(np.int64)
-    if len(flat) and (np.all(~curved) or np.any(reduced.outputs[flat])):
-        reason = (
-            f"{_plural(len(flat), 'variable')} of the reduced problem have no quadratic term: the optimal point "
-            "need not be unique (linear program or semidefinite Hessian)"
-        )
-        return Route("diffcp", reason, tuple(notes))
     total = rows.shape[0] + len(bounds.variables)
-    if requested in (None, "families") and groups and _sizes_fit(groups):
+    loose = bool(np.any(read[flat]))
+    if requested in (None, "families") and groups and not loose and _sizes_fit(groups):
         reason = "recognised " + ", ".join(str(group) for group in groups)
         return Route("families", reason, tuple(notes), tuple(flat.tolist()), groups)
-    if len(flat):
+    if loose:
+        notes = [*notes, f"{_plural(len(flat), 'variable')} without curvature: proximal steps"]
+    elif len(flat):
         notes = [*notes, f"{_plural(len(flat), 'epigraph variable')} without curvature: proximal steps"]
     newton_possible = diagonal and not len(flat) and len(bounds.variables) > 0
     if requested == "families":

@@ -44,10 +44,10 @@ def gather(stores: list[FloatArray], offset: IndexArray) -> FloatArray:
     return np.concatenate(stores)
 
 
-def _proximal_weight(hessian: FloatArray) -> FloatArray:
+def _proximal_weight(hessian: FloatArray, relative: float) -> FloatArray:
     """Return the proximal weight of each Hessian, (1 or B,); an item never sees the numbers of another."""
     largest = np.abs(np.einsum("bii->bi", hessian)).max(axis=1, initial=0.0)
-    return np.where(np.isfinite(largest) & (largest > 0.0), PROXIMAL_WEIGHT * largest, PROXIMAL_WEIGHT)
+    return np.where(np.isfinite(largest) & (largest > 0.0), relative * largest, relative)
 
 
 class GramSetup:
@@ -58,15 +58,16 @@ class GramSetup:
         rows: (1, m, n), equalities first.
         num_equalities: number of equality rows.
         bounded: (nb,) variables with limits.
-        proximal: (ns,) variables without curvature.
+        proximal: (ns,) variables of proximal steps.
+        weight: of the proximal term, relative to the largest curvature.
     """
 
     def __init__(self, hessian: FloatArray, rows: FloatArray, num_equalities: int, bounded: IndexArray,
-                 proximal: IndexArray) -> None:  # fmt: skip
+                 proximal: IndexArray, weight: float = PROXIMAL_WEIGHT) -> None:  # fmt: skip
         """Factor once."""
         n = hessian.shape[-1]
         dense = np.diag(hessian[0]) if hessian.ndim == 2 else hessian[0]
-        self.weight = _proximal_weight(dense[None])
+        self.weight = _proximal_weight(dense[None], weight)
         if len(proximal):
             dense = dense.copy()
             dense[proximal, proximal] += self.weight[0]
@@ -80,7 +81,10 @@ class GramSetup:
             for_each_item(normalise, 1, 1.0, self.gram, self.scale)
 
 
-def solve(values: QPValues, options: Options, setup: GramSetup | None = None, warm: GramFace | None = None) -> Result:
+def solve(
+    values: QPValues, options: Options, setup: GramSetup | None = None, warm: GramFace | None = None,
+    weight: float = PROXIMAL_WEIGHT,
+) -> Result:  # fmt: skip
     """Solve a batch of strictly convex quadratic programs.
 
     Args:
@@ -88,6 +92,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
         options: tolerances and what to keep.
         setup: factored constant data; made here when ``hessian`` and ``rows`` are shared and none is given.
         warm: face of an earlier solution of the same structure and batch; its working sets are the first guess.
+        weight: of the proximal term, relative to the largest curvature; a given ``setup`` has its own.
 
     Returns:
         Result with multipliers in the sign convention of :mod:`hsbackend.program` and signed bound multipliers
@@ -100,11 +105,11 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     metric: Metric
     if shared:
         if setup is None:
-            setup = GramSetup(values.hessian, values.rows, n_eq, values.bounded, values.proximal)
+            setup = GramSetup(values.hessian, values.rows, n_eq, values.bounded, values.proximal, weight)
         metric = setup.metric
         if not metric.convex:
             return Result.failed(values, Status.NOT_STRICTLY_CONVEX)
-        gram, scale, weight = setup.gram, setup.scale, setup.weight
+        gram, scale, weights = setup.gram, setup.scale, setup.weight
         eliminated = n_eq
         status[metric.inconsistent(values.rhs_rows[:, :n_eq]) > 1e-8] = Status.INFEASIBLE
     else:
@@ -112,10 +117,10 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
         if values.diagonal:
             dense = np.zeros((dense.shape[0], n, n))
             dense[:, np.arange(n), np.arange(n)] = values.hessian
-        weight = _proximal_weight(dense)
+        weights = _proximal_weight(dense, weight)
         if len(values.proximal):
             dense = dense.copy()
-            dense[:, values.proximal, values.proximal] += weight[:, None]
+            dense[:, values.proximal, values.proximal] += weights[:, None]
         metric = ItemMetric(np.ascontiguousarray(dense), values.rows, values.bounded, values.proximal, batch, n_eq)
         status = metric.status
         gram = metric.gram
@@ -151,7 +156,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
         raise ValueError(f"warm start has shape {warm_side.shape}, expected {side.shape}: same structure and batch")
     arguments: tuple[Any, ...] = (
         gram, scale, base, lower, upper, equal, metric.rank, options.inner_tolerance, 50 + 10 * (total + n),
-        options.jacobian == "support", options.active_tolerance, options.keep_face, weight,
+        options.jacobian == "support", options.active_tolerance, options.keep_face, weights,
         metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
         status, multipliers, steps, working, side, count, offset,
     )  # fmt: skip
@@ -160,7 +165,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     rhs_primal = values.rhs_primal
     if ns:
         rhs_primal = rhs_primal.copy()
-        rhs_primal[:, values.proximal] += weight[:, None] * prox_point
+        rhs_primal[:, values.proximal] += weights[:, None] * prox_point
         point, _ = metric.free(rhs_primal, rhs_equalities)
     primal, equalities = metric.finish(point, multipliers, rhs_primal, rhs_equalities)
     rows = np.concatenate([equalities, multipliers[:, :left]], axis=1)
@@ -168,7 +173,7 @@ def solve(values: QPValues, options: Options, setup: GramSetup | None = None, wa
     if options.keep_face:
         inverse = gather(stores, offset)
         face = GramFace(
-            metric, scale, working, count, offset, inverse, side, n_eq, m, values.proximal, weight
+            metric, scale, working, count, offset, inverse, side, n_eq, m, values.proximal, weights
         )  # fmt: skip
     return Result(primal, rows, np.ascontiguousarray(multipliers[:, left:]), status, steps, face)
 

@@ -49,6 +49,7 @@ class Result:
         status: (B,) int8 codes of :class:`~hsbackend.status.Status`.
         steps: (B,) iterations.
         face: None when it was not asked for.
+        non_unique: (B,) whether a variable that is read has more than one optimal value; None for "nowhere".
     """
 
     primal: FloatArray
@@ -57,6 +58,7 @@ class Result:
     status: NDArray[np.int8]
     steps: IndexArray
     face: Face | None
+    non_unique: NDArray[np.bool_] | None = None
 
     @classmethod
     def failed(cls, values: QPValues, status: Status) -> Result:

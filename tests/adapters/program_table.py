@@ -306,21 +306,21 @@ def portfolio():
     return cp.Problem(cp.Maximize(mu @ x - 0.5 * risk), constraints), [mu], [x], _points(6)
 
 
-@row(polyhedral=None)
+@row
 def lasso():
     x, y, R = cp.Variable(4), cp.Parameter(6), _constant(5, 6, 4)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(R @ x - y) + 0.8 * cp.norm1(x)))
     return problem, [y], [x], _points(6)
 
 
-@row(polyhedral=None, insensitive=(0,))
+@row(insensitive=(0,))
 def linear_program():
     x, c, h = cp.Variable(4), cp.Parameter(4), cp.Parameter(4)
     problem = cp.Problem(cp.Minimize(c @ x), [cp.sum(x) == 1, x >= 0, x <= h])
     return problem, [c, h], [x], lambda rng: [rng.standard_normal((BATCH, 4)), rng.uniform(0.3, 0.6, (BATCH, 4))]
 
 
-@row(polyhedral=None)
+@row
 def cost_on_some_variables():
     """Curvature on x, only a price on z: the Hessian is singular and stays so."""
     x, z, y, price = cp.Variable(3), cp.Variable(2), cp.Parameter(3), cp.Parameter(2)
@@ -329,20 +329,20 @@ def cost_on_some_variables():
     return problem, [y, price], [x, z], draw
 
 
-@row(polyhedral=None)
+@row
 def maximum_in_objective():
     x, y = _vector()
     return cp.Problem(cp.Minimize(cp.sum_squares(x - y) + cp.max(x))), [y], [x], _points(5)
 
 
-@row(polyhedral=None)
+@row
 def huber_loss():
     x, y = cp.Variable(3), cp.Parameter(6)
     problem = cp.Problem(cp.Minimize(cp.sum(cp.huber(_constant(17, 6, 3) @ x - y, 0.5)) + cp.sum_squares(x)))
     return problem, [y], [x], _points(6)
 
 
-@row(polyhedral=None)
+@row
 def total_variation():
     x, y = _vector()
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y) + 0.4 * cp.norm1(cp.diff(x))))
@@ -575,34 +575,34 @@ def _ball(constraint_of, scale=1.0):
     return cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [constraint_of(x)]), [y], [x], _points(5, scale)
 
 
-@row(polyhedral=None)
+@row
 def norm1_ball():
     return _ball(lambda x: cp.norm1(x) <= 1)
 
 
-@row(polyhedral=None)
+@row
 def norm_inf_ball():
     return _ball(lambda x: cp.norm_inf(x) <= 0.5)
 
 
-@row(polyhedral=None)
+@row
 def abs_bound():
     return _ball(lambda x: cp.abs(x) <= 0.5)
 
 
-@row(polyhedral=None)
+@row
 def max_bound():
     return _ball(lambda x: cp.max(x) <= 0.3)
 
 
-@row(polyhedral=None)
+@row
 def turnover():
     x, y, held = cp.Variable(5), cp.Parameter(5), cp.Parameter(5)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y)), [cp.sum(x) == 1, x >= 0, cp.norm1(x - held) <= 0.5])
     return problem, [y, held], [x], lambda rng: [rng.standard_normal((BATCH, 5)), rng.dirichlet(np.ones(5), BATCH)]
 
 
-@row(polyhedral=None)
+@row
 def sum_of_positive_parts():
     return _ball(lambda x: cp.sum(cp.pos(x)) <= 1)
 

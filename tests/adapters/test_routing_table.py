@@ -210,7 +210,7 @@ NEAR_MISSES: dict[str, tuple[str, Spelling]] = {
         lambda m: _x(m, cp.norm1(m.x) <= 1, objective=cp.Minimize(cp.sum_squares(m.x - m.y) + 0.1 * cp.norm1(m.x))),
     ),
     "l1 ball with its epigraph returned": (
-        "diffcp",
+        "active_set",
         lambda m: (m.near, [m.x <= m.positive, -m.x <= m.positive, cp.sum(m.positive) <= 1], [m.x, m.positive]),
     ),
     "two rows with parameters": (

@@ -34,17 +34,33 @@ def test_a_dense_hessian_goes_to_the_active_set() -> None:
 @pytest.mark.parametrize(
     ("hessian", "reason"),
     [
-        (np.diag([1.0, 0.0, 1.0]), "no quadratic term"),
-        (np.ones((3, 3)), "singular"),
-        (np.diag([1.0, -1.0, 1.0]), "negative"),
+        (np.diag([1.0, -1.0, 1.0]), "negative diagonal entry"),
+        (np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), "negative curvature"),
+        (np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), "negative curvature"),
     ],
 )
-def test_what_is_not_strictly_convex_is_refused_with_the_reason(hessian: np.ndarray, reason: str) -> None:
+def test_what_is_not_convex_is_refused_with_the_reason(hessian: np.ndarray, reason: str) -> None:
     route = Plan(dense_program(hessian, np.ones((1, 3)), equalities=0)).route
     assert route.solver == "diffcp"
     assert not route.polyhedral
     assert reason in route.reason
     assert "not handled" in str(route)
+
+
+@pytest.mark.parametrize(
+    ("hessian", "reason"),
+    [
+        (np.zeros((3, 3)), "linear program, 1 rows and bounds"),
+        (np.diag([1.0, 0.0, 1.0]), "semidefinite Hessian"),
+        (np.ones((3, 3)), "semidefinite Hessian"),
+    ],
+)
+def test_a_semidefinite_hessian_is_solved_by_proximal_steps(hessian: np.ndarray, reason: str) -> None:
+    route = Plan(dense_program(hessian, np.ones((1, 3)), equalities=0)).route
+    assert route.solver == "active_set"
+    assert reason in route.reason
+    assert "the one of least norm" in str(route)
+    assert Plan(dense_program(hessian, np.ones((1, 3)), equalities=0), "reference").route.solver == "diffcp"
 
 
 def test_a_hessian_that_is_singular_outside_the_equalities_is_welcome() -> None:
@@ -70,9 +86,11 @@ def test_a_requested_solver_is_never_replaced() -> None:
 
 def test_a_hessian_that_depends_on_a_parameter_may_be_singular_for_one_item() -> None:
     program = dense_program(None, np.ones((1, 2)), equalities=0)
-    hessian = np.stack([np.eye(2), np.ones((2, 2)), 2 * np.eye(2)])
-    data = [hessian.reshape(3, -1), np.ones((3, 2)), np.full((3, 1), 5.0)]
+    hessian = np.stack([np.eye(2), np.ones((2, 2)), 2 * np.eye(2), np.diag([1.0, -1.0])])
+    data = [hessian.reshape(4, -1), np.ones((4, 2)), np.full((4, 1), 5.0)]
     solution = Plan(program).solve(data, Options())
-    assert list(solution.status) == [Status.SOLVED, Status.NOT_STRICTLY_CONVEX, Status.SOLVED]
+    assert list(solution.status) == [Status.SOLVED] * 3 + [Status.NOT_STRICTLY_CONVEX]
+    assert list(solution.non_unique) == [False, True, False, False]
     np.testing.assert_allclose(solution.primal[[0, 2]], [[-1, -1], [-0.5, -0.5]], atol=1e-14)
-    assert np.isnan(solution.primal[1]).all()
+    np.testing.assert_allclose(solution.primal[1], [-0.5, -0.5], atol=1e-10)
+    assert np.isnan(solution.primal[3]).all()

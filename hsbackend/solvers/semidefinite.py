@@ -1,0 +1,412 @@
+"""Linear programs and semidefinite Hessians: proximal steps, and the selection of least norm among the optima.
+
+An item is solved in four steps, each of which can be checked against the data.
+
+1. The active set with proximal steps (:mod:`hsbackend.solvers.active_set`), on the variables without curvature where
+   that makes ``H + delta I_S`` positive definite on null(E), on all variables otherwise. The loop is finite.
+2. The KKT conditions are checked against the data, and a poor answer is refined on its face.
+3. What did not converge is unbounded exactly when the projection of -q onto the cone of directions
+   ``{H d = 0, E d = 0, G d <= 0}`` is not zero; otherwise it is tried again with other weights.
+4. With a multiplier (y, z) of an optimum x, the optima are the feasible points x + d with ``H d = 0, E d = 0`` and
+   ``N_supp d = 0``, N_supp the rows with a positive multiplier. Where they differ in the variables that are read, the
+   one of least norm in them is found by a second, strictly convex problem in a basis of these directions.
+
+Source of the characterisation of the optima: Mangasarian, "A simple characterization of solution sets of convex
+programs" (1988). The proximal point iteration: Rockafellar (1976).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsbackend.face import GramFace, LeastNormFace
+from hsbackend.program import FloatArray, IndexArray, QPValues
+from hsbackend.solvers import active_set
+from hsbackend.solvers.result import Options, Result
+from hsbackend.status import Status
+
+#: Weights tried one after the other, relative to the largest curvature.
+_WEIGHTS = (active_set.PROXIMAL_WEIGHT, 1e-7, 1e-2)
+#: Negative curvature, relative to the largest, that is rounding.
+_NEGATIVE = 1e-10
+#: Multipliers below this, relative to the cost, are zero.
+_MULTIPLIER = 1e-9
+#: Slacks below this, relative to the limit and the point, are zero.
+_SLACK = 1e-9
+#: Least eigenvalue of ``H/|H| + N'N`` (unit rows) above which nobody needs to look for a second optimum.
+_CERTAIN = 1e-6
+#: Singular values of ``[H; N]`` (unit rows) below this are zero.
+_RANK = 1e-9
+#: Length of the projection of a unit vector onto a cone above which the cone is not zero.
+_RAY = 1e-7
+
+Mask = NDArray[np.bool_]
+
+
+class SemidefiniteSetup:
+    """What is kept between calls for constant ``H`` and ``N``.
+
+    Args:
+        hessian: (1, n, n) or (1, n).
+        rows: (1, m, n), equalities first.
+        num_equalities: number of equality rows.
+        bounded: (nb,) variables with limits.
+        flat: (ns,) variables without curvature.
+
+    Attributes:
+        convex: whether the Hessian is positive semidefinite.
+        proximal: variables of proximal steps.
+        gram: the constant data of the active set.
+    """
+
+    def __init__(
+        self, hessian: FloatArray, rows: FloatArray, num_equalities: int, bounded: IndexArray, flat: IndexArray
+    ) -> None:
+        """Factor once."""
+        self.convex = bool(_convex(hessian).all())
+        every = np.arange(hessian.shape[-1], dtype=np.int64)
+        self.proximal = flat if len(flat) else every
+        if not self.convex:
+            return
+        self.gram = active_set.GramSetup(hessian, rows, num_equalities, bounded, self.proximal)
+        if not self.gram.metric.convex and len(self.proximal) < len(every):
+            self.proximal = every
+            self.gram = active_set.GramSetup(hessian, rows, num_equalities, bounded, every)
+
+
+def _convex(hessian: FloatArray) -> Mask:
+    """Return (1 or B,) whether each Hessian is positive semidefinite; NaN counts as such and is found later."""
+    if hessian.ndim == 2:
+        largest = np.abs(hessian).max(axis=1, initial=0.0)
+        return ~(hessian.min(axis=1, initial=0.0) < -_NEGATIVE * largest)
+    harmless = np.where(np.isfinite(hessian), hessian, 0.0)
+    size = np.abs(harmless).max(axis=(1, 2), initial=0.0)
+    least = np.linalg.eigvalsh(harmless).min(axis=1, initial=0.0)
+    return ~(least < -_NEGATIVE * size)
+
+
+def _without_invalid(values: QPValues) -> tuple[QPValues, Mask]:
+    """Return the problems with harmless numbers in the place of infinite ones and NaN, and which items have some."""
+    batch = values.batch
+    invalid = np.zeros(batch, dtype=bool)
+    parts = {"hessian": values.hessian, "rhs_primal": values.rhs_primal, "rows": values.rows}
+    limits = {"rhs_rows": values.rhs_rows, "lower": values.lower, "upper": values.upper}
+    clean: dict[str, FloatArray] = {}
+    for name, part in {**parts, **limits}.items():
+        good = np.isfinite(part) if name in parts else ~np.isnan(part)
+        if not good.all():
+            clean[name] = np.where(good, part, 0.0)
+            invalid |= np.broadcast_to(~np.all(good.reshape(part.shape[0], -1), axis=1), (batch,))
+    return (replace(values, **clean) if clean else values), invalid
+
+
+def solve(values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None = None) -> Result:
+    """Solve a batch of problems with a positive semidefinite Hessian.
+
+    Args:
+        values: the problems.
+        options: tolerances and what to keep.
+        read: (n,) variables that somebody reads; their norm selects among the optima.
+        setup: factored constant data; only for Hessian and rows shared by the batch.
+
+    Returns:
+        Result with ``non_unique``, and a :class:`~hsbackend.face.LeastNormFace`.
+    """
+    values, invalid = _without_invalid(values)
+    result = _optimum(values, options, setup)
+    result.status[invalid] = Status.INVALID_INPUT
+    if not isinstance(result.face, LeastNormFace):  # every item failed before there was a face
+        return result
+    batch, sides = values.batch, (result.face.active_rows, result.face.active_bounds)
+    non_unique = np.zeros(batch, dtype=bool)
+    for b in np.flatnonzero(_doubtful(values, result)):
+        found = _Item(values, int(b)).select(result, options, read)
+        if found is None:
+            continue
+        non_unique[b], primal, side_rows, side_bounds = found
+        result.primal[b] = primal
+        sides[0][b], sides[1][b] = side_rows, side_bounds
+    face = LeastNormFace(values, *sides, read) if options.keep_face else None
+    return replace(result, face=face, non_unique=non_unique)
+
+
+def _optimum(values: QPValues, options: Options, setup: SemidefiniteSetup | None) -> Result:
+    """Find one optimum of every item, or the reason why there is none."""
+    every = np.arange(values.num_variables, dtype=np.int64)
+    convex = _convex(values.hessian) if setup is None else np.array([setup.convex])
+    if convex.shape[0] == 1 and not convex[0]:
+        return Result.failed(values, Status.NOT_STRICTLY_CONVEX)
+    flat = values.proximal if setup is None else setup.proximal
+    enough = 0 < len(flat) < len(every)
+    result = _proximal(replace(values, proximal=flat if enough else every), options, setup and setup.gram, _WEIGHTS[0])
+    examined = np.zeros(values.batch, dtype=bool)
+    for weight in _WEIGHTS if enough else _WEIGHTS[1:]:
+        hard = np.isin(result.status, [Status.NOT_CONVERGED, Status.UNBOUNDED]) & convex
+        for b in np.flatnonzero(hard & ~examined):
+            _examine(values, options, result, int(b))
+        examined |= hard
+        again = np.isin(result.status, [Status.NOT_CONVERGED, Status.NOT_STRICTLY_CONVEX]) & convex
+        left = np.flatnonzero(again)
+        if not len(left):
+            break
+        _merge(result, _proximal(replace(values, proximal=every).take(left), options, None, weight), left)
+    for b in np.flatnonzero((result.status == Status.UNBOUNDED) & ~examined):
+        _examine(values, options, result, int(b))
+    if convex.shape[0] > 1:
+        result.status[~convex & (result.status != Status.INVALID_INPUT)] = Status.NOT_STRICTLY_CONVEX
+    return result
+
+
+def _examine(values: QPValues, options: Options, result: Result, b: int) -> None:
+    """Decide whether an item that did not converge has an optimum: not if it is infeasible, or has a ray."""
+    nearest = replace(
+        values.take(np.array([b])), hessian=np.ones((1, values.num_variables)),
+        rhs_primal=np.zeros((1, values.num_variables)), proximal=np.zeros(0, dtype=np.int64),
+    )  # fmt: skip
+    found = active_set.solve(nearest, replace(options, keep_face=False))
+    if found.status[0] == Status.INFEASIBLE:
+        result.status[b], result.rows[b], result.bounds[b] = found.status[0], found.rows[0], found.bounds[0]
+    elif found.status[0] == Status.SOLVED and _Item(values, b).has_ray():
+        result.status[b] = Status.UNBOUNDED
+    else:
+        result.status[b] = Status.NOT_CONVERGED
+
+
+def _merge(result: Result, found: Result, items: IndexArray) -> None:
+    result.primal[items], result.rows[items], result.bounds[items] = found.primal, found.rows, found.bounds
+    result.status[items] = found.status
+    result.steps[items] += found.steps
+    if isinstance(result.face, LeastNormFace) and isinstance(found.face, LeastNormFace):
+        result.face.active_rows[items] = found.face.active_rows
+        result.face.active_bounds[items] = found.face.active_bounds
+
+
+def _proximal(values: QPValues, options: Options, gram: active_set.GramSetup | None, weight: float) -> Result:
+    """Run the proximal loop and check its answer against the data; its face is a LeastNormFace without selection."""
+    cost, size = _units(values)
+    scaled = replace(
+        values,
+        rhs_primal=values.rhs_primal / cost[:, None],
+        rhs_rows=values.rhs_rows / size[:, None],
+        lower=values.lower / size[:, None],
+        upper=values.upper / size[:, None],
+    )
+    shared = values.hessian.shape[0] == 1 and values.rows.shape[0] == 1
+    if gram is None and shared:
+        gram = active_set.GramSetup(
+            values.hessian, values.rows, values.num_equalities, values.bounded, values.proximal, weight
+        )
+    result = active_set.solve(scaled, replace(options, keep_face=True), gram, weight=weight)
+    result.primal[:] *= size[:, None]
+    result.rows[:] *= cost[:, None]
+    result.bounds[:] *= cost[:, None]
+    batch = values.batch
+    if isinstance(result.face, GramFace):
+        rows, bounds = result.face.active_rows.copy(), result.face.active_bounds.copy()
+    else:
+        rows = np.zeros((batch, values.rows.shape[1]), dtype=np.int64)
+        bounds = np.zeros((batch, len(values.bounded)), dtype=np.int64)
+    every = np.ones(values.num_variables, dtype=bool)
+    return active_set.verify(values, options, replace(result, face=LeastNormFace(values, rows, bounds, every)))
+
+
+def _units(values: QPValues) -> tuple[FloatArray, FloatArray]:
+    """Return units (B,) of cost and of length that make the numbers of a linear program about one; one elsewhere."""
+    linear = ~values.hessian.any(axis=tuple(range(1, values.hessian.ndim)))
+    cost = np.abs(values.rhs_primal).max(axis=1, initial=0.0)
+    limits = np.abs(np.concatenate([values.rhs_rows, values.lower, values.upper], axis=1))
+    size = np.where(np.isfinite(limits), limits, 0.0).max(axis=1, initial=0.0)
+    found: list[FloatArray] = []
+    for unit in (cost, size):
+        found.append(np.where(linear & np.isfinite(unit) & (unit > 0.0), unit, 1.0))
+    return found[0], found[1]
+
+
+def _support(values: QPValues, result: Result) -> tuple[Mask, Mask]:
+    """Return the rows (B, m) and bounds (B, nb) with a multiplier; equalities are among them."""
+    sizes = np.linalg.norm(values.rows, axis=2)
+    tiny = _MULTIPLIER * np.maximum(np.abs(values.rhs_primal).max(axis=1, initial=0.0), 1e-300)[:, None]
+    rows = np.abs(result.rows) * sizes > tiny
+    rows[:, : values.num_equalities] = True
+    return rows, (np.abs(result.bounds) > tiny) | (values.lower == values.upper)
+
+
+def _doubtful(values: QPValues, result: Result) -> Mask:
+    """Return the solved items (B,) that may have more than one optimum: a cheap test with a wide margin."""
+    solved = result.status == Status.SOLVED
+    doubtful = np.zeros(values.batch, dtype=bool)
+    items = np.flatnonzero(solved)
+    if not len(items):
+        return doubtful
+    n = values.num_variables
+    rows, bounds = _support(values, result)
+    chunk = max(1, 4_000_000 // max(1, n * (n + values.rows.shape[1])))
+    for begin in range(0, len(items), chunk):
+        part = items[begin : begin + chunk]
+        hessian = values.hessian if values.hessian.shape[0] == 1 else values.hessian[part]
+        normals = values.rows if values.rows.shape[0] == 1 else values.rows[part]
+        size = np.linalg.norm(normals, axis=2, keepdims=True)
+        unit = normals / np.where(size > 0.0, size, 1.0) * rows[part][:, :, None]
+        total = unit.transpose(0, 2, 1) @ unit
+        diagonal = np.arange(n)
+        own = hessian if values.diagonal else np.einsum("bii->bi", hessian)
+        largest = np.abs(own).max(axis=1, initial=0.0)
+        largest = np.where(largest > 0.0, largest, 1.0)
+        if values.diagonal:
+            total[:, diagonal, diagonal] += hessian / largest[:, None]
+        else:
+            total += hessian / largest[:, None, None]
+        total[:, values.bounded, values.bounded] += bounds[part]
+        doubtful[part] = ~(np.linalg.eigvalsh(total)[:, 0] > _CERTAIN)
+    return doubtful
+
+
+class _Item:
+    """One item, written with unit-norm rows ``G x <= h``: general rows, upper bounds, lower bounds."""
+
+    def __init__(self, values: QPValues, b: int) -> None:
+        hessian = values.hessian[b if values.hessian.shape[0] > 1 else 0]
+        self.hessian = np.diag(hessian) if values.diagonal else hessian
+        self.linear = -values.rhs_primal[b]
+        general = values.rows[b if values.rows.shape[0] > 1 else 0]
+        n, me = len(self.linear), values.num_equalities
+        units = np.zeros((len(values.bounded), n))
+        units[np.arange(len(units)), values.bounded] = 1.0
+        rows = np.concatenate([general, units, -units])
+        size = np.linalg.norm(rows, axis=1)
+        self.scale = 1.0 / np.where(size > 0.0, size, 1.0)
+        self.normals = rows * self.scale[:, None]
+        self.limits = np.concatenate([values.rhs_rows[b], values.upper[b], -values.lower[b]]) * self.scale
+        self.equality = np.arange(len(rows)) < me
+        self.split = values.rhs_rows.shape[1], len(values.bounded)
+        self.b = b
+        largest = float(np.abs(np.diag(self.hessian)).max(initial=0.0))
+        self.curvature = self.hessian / largest if largest > 0.0 else np.zeros((0, n))
+
+    def _directions(self, tight: Mask) -> FloatArray:
+        """Return an orthonormal basis of the directions without curvature along which the tight rows stay tight."""
+        stacked = np.concatenate([self.curvature, self.normals[tight]])
+        if not len(stacked):
+            return np.eye(len(self.linear))
+        _, singular, right = np.linalg.svd(stacked, full_matrices=True)
+        return right[int(np.sum(singular > _RANK * singular.max(initial=0.0))) :].T
+
+    def has_ray(self) -> bool:
+        """Whether the objective falls without end along a direction that the rows allow from everywhere."""
+        size = float(np.linalg.norm(self.linear))
+        basis = self._directions(self.equality)
+        rest = ~self.equality & np.isfinite(self.limits)
+        if not size or not basis.shape[1]:
+            return False
+        ray = basis @ _project_onto_cone(self.normals[rest] @ basis, -(basis.T @ self.linear / size)[None])[0]
+        return bool(np.linalg.norm(ray) > _RAY)
+
+    def select(
+        self, result: Result, options: Options, read: Mask
+    ) -> tuple[bool, FloatArray, IndexArray, IndexArray] | None:
+        """Choose among the optima.
+
+        Args:
+            result: one optimum of every item.
+            options: tolerances, and which K to keep.
+            read: (n,) variables whose norm decides.
+
+        Returns:
+            Whether the variables that are read have more than one optimal value, the chosen point, and the sides of
+            its active rows and bounds; None when there is nothing to choose.
+        """
+        b, (m, nb) = self.b, self.split
+        x = result.primal[b]
+        multipliers = np.concatenate(
+            [result.rows[b], np.maximum(result.bounds[b], 0.0), np.maximum(-result.bounds[b], 0.0)]
+        )
+        pull = np.abs(multipliers) / self.scale
+        support = (pull > _MULTIPLIER * max(float(np.abs(self.linear).max(initial=0.0)), 1e-300)) | self.equality
+        basis = self._directions(support)
+        seen = basis[read]
+        if not np.abs(seen).max(initial=0.0) > 1e-8:
+            return None
+        slack = self.limits - self.normals @ x
+        room = _SLACK * (1.0 + np.where(np.isfinite(self.limits), np.abs(self.limits), 0.0) + np.abs(x).max())
+        slack = np.where(np.abs(slack) <= room, 0.0, np.maximum(slack, 0.0))
+        others = np.flatnonzero(~support & np.isfinite(slack))
+        rows = self.normals[others] @ basis
+        touched = np.abs(rows).max(axis=1, initial=0.0) > 1e-10
+        others, rows = others[touched], rows[touched]
+        step, pushing = _least_norm(seen, x[read], rows, slack[others], options)
+        primal = x
+        if step is not None:
+            primal = x + basis @ step
+            if self._worse(primal, slack, support):
+                primal, pushing = x, np.zeros(len(others), dtype=bool)
+        size = 1.0 + float(np.abs(x[read]).max(initial=0.0))
+        moved = float(np.abs(primal - x)[read].max(initial=0.0)) > 1e-7 * size
+        weak = rows[slack[others] <= room[others]]
+        several = moved or _has_part(weak, seen)
+        # K: the rows at their limit, or those that hold the point as an optimum or as the chosen one among the optima.
+        gap = np.abs(self.limits - self.normals @ primal)
+        held = support.copy()
+        held[others[pushing]] = True
+        if options.jacobian == "active":
+            held |= np.isfinite(gap) & (gap <= 0.1 * room)
+        side_rows = held[:m].astype(np.int64)
+        side_bounds = np.where(held[m : m + nb], 1, np.where(held[m + nb :], -1, 0)).astype(np.int64)
+        return several, primal, side_rows, side_bounds
+
+    def _worse(self, primal: FloatArray, slack: FloatArray, support: Mask) -> bool:
+        """Whether a point near the optima violates a row by more than rounding."""
+        gap = self.normals @ primal - self.limits
+        allowed = 1e-9 * (1.0 + np.where(np.isfinite(self.limits), np.abs(self.limits), 0.0) + np.abs(primal).max())
+        return bool(np.any(gap > allowed) or np.any(np.abs(gap[support]) > allowed[support]))
+
+
+def _problem(hessian: FloatArray, rhs_primal: FloatArray, rows: FloatArray, rhs: FloatArray) -> QPValues:
+    """Write ``1/2 y'Hy - a'y, rows y <= rhs`` for a batch of linear terms."""
+    batch, n = rhs_primal.shape
+    nothing = np.zeros(0, dtype=np.int64)
+    empty = np.zeros((batch, 0))
+    singular = bool(np.linalg.eigvalsh(hessian)[0] <= 1e-10) if n else False
+    proximal = np.arange(n, dtype=np.int64) if singular else nothing
+    return QPValues(
+        np.ascontiguousarray(hessian)[None], np.ascontiguousarray(rhs_primal), np.ascontiguousarray(rows)[None], 0,
+        np.tile(rhs, (batch, 1)), nothing, empty, empty, proximal,
+    )  # fmt: skip
+
+
+def _least_norm(
+    seen: FloatArray, point: FloatArray, rows: FloatArray, slack: FloatArray, options: Options
+) -> tuple[FloatArray | None, Mask]:
+    """Minimise ``|point + seen y|`` subject to ``rows y <= slack``; return y and the rows that push."""
+    values = _problem(seen.T @ seen, -(seen.T @ point)[None], rows, slack)
+    strict = replace(options, keep_face=True, multipliers=True, tolerance=1e-9)
+    found = active_set.solve(values, strict)
+    if len(values.proximal) and isinstance(found.face, GramFace):
+        every = np.ones(values.num_variables, dtype=bool)
+        found = replace(found, face=LeastNormFace(values, found.face.active_rows, found.face.active_bounds, every))
+    found = active_set.verify(values, strict, found)
+    if found.status[0] != Status.SOLVED:
+        return None, np.zeros(len(rows), dtype=bool)
+    size = max(float(np.abs(seen.T @ point).max(initial=0.0)), 1e-300)
+    return found.primal[0], found.rows[0] * np.linalg.norm(rows, axis=1) > _MULTIPLIER * size
+
+
+def _project_onto_cone(rows: FloatArray, points: FloatArray) -> FloatArray:
+    """Project points (B, p) onto ``{y: rows y <= 0}``; the rows have unit norm before they are restricted."""
+    kept = rows[np.abs(rows).max(axis=1, initial=0.0) > 1e-10]
+    values = _problem(np.eye(points.shape[1]), points, kept, np.zeros(len(kept)))
+    found = active_set.solve(values, Options(keep_face=False))
+    return np.where((found.status == Status.SOLVED)[:, None], found.primal, 0.0)
+
+
+def _has_part(weak: FloatArray, seen: FloatArray) -> bool:
+    """Whether the cone ``{y: weak y <= 0}`` holds a y with ``seen y != 0``."""
+    _, singular, right = np.linalg.svd(seen, full_matrices=False)
+    directions = right[singular > 1e-8]
+    if not len(weak) or not len(directions):
+        return bool(len(directions))
+    # y has a part there exactly when y'v > 0 for v = a direction or its opposite: when v does not project to zero.
+    projected = _project_onto_cone(weak, np.concatenate([directions, -directions]))
+    return bool(np.any(np.linalg.norm(projected, axis=1) > _RAY))
