@@ -32,6 +32,8 @@ _INVALID = int(Status.INVALID_INPUT)
 _NOT_CONVEX = int(Status.NOT_STRICTLY_CONVEX)
 #: Pivots below this fraction of the diagonal mean a Hessian that is not positive definite in float64.
 _SINGULAR = 1e-13
+#: Pivots below this fraction of the diagonal may be rounding.
+_SUSPECT = 1e-9
 #: Singular values of the unit-norm equality rows below this fraction of the largest mean dependent rows.
 _RANK = 1e-11
 
@@ -81,12 +83,14 @@ class SharedMetric:
         self.convex = True
         z = np.zeros((n, n))
         if null.shape[1]:
-            spread = np.abs(np.diag(inner)).max()
+            # Rounding in H is curvature of its own where null(E) has next to none.
+            spread = max(np.abs(np.diag(inner)).max(), 0.1 * np.abs(hessian).max())
             try:
                 factor = np.linalg.cholesky(inner)
             except np.linalg.LinAlgError:
                 factor = np.zeros_like(inner)
-            if not np.diag(factor).min() ** 2 > _SINGULAR * spread:
+            singular_up_to_rounding = not np.linalg.eigvalsh(inner)[0] > _SINGULAR * spread
+            if singular_up_to_rounding or not np.diag(factor).min() ** 2 > _SINGULAR * spread:
                 self.convex = False
                 return
             half = np.linalg.solve(factor, null.T)
@@ -266,10 +270,24 @@ class ItemMetric:
         self._work = np.empty((batch, n, n + total + len(proximal)))
         arguments: tuple[Any, ...] = (hessian, rows, np.concatenate([bounded, proximal]), self._work, self.status)
         for_each_item(_eliminate, batch, n * n * (n / 6.0 + total / 2.0), *arguments)
+        self._look_again(hessian)
         whole = gram_of_columns(self._work, n)
         self.gram: FloatArray = np.ascontiguousarray(whole[:, :total, :total])
         self.proximal_rows: FloatArray = np.ascontiguousarray(whole[:, :total, total:])
         self.proximal_block: FloatArray = np.ascontiguousarray(whole[:, total:, total:])
+
+    def _look_again(self, hessian: FloatArray) -> None:
+        """Find Hessians that are singular up to rounding: their last pivot is rounding, of any size."""
+        n = hessian.shape[1]
+        if not n:
+            return
+        pivots = np.einsum("bii->bi", self._work[:, :, :n]).min(axis=1) ** 2
+        largest = np.abs(np.einsum("bii->bi", hessian)).max(axis=1)
+        items = np.flatnonzero((self.status == 0) & (pivots < _SUSPECT * largest))
+        for item in items:
+            own = hessian[item if hessian.shape[0] > 1 else 0]
+            if not np.linalg.eigvalsh(own)[0] > _SINGULAR * np.abs(own).max():
+                self.status[item] = _NOT_CONVEX
 
     def free(self, rhs_primal: FloatArray, rhs_equalities: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return ``U^-T a`` (B, n) and the row values (B, M); the equalities are ordinary rows here."""

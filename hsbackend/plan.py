@@ -93,9 +93,16 @@ class Plan:
     def __init__(self, program: Program, solver: SolverName | None = None) -> None:
         """Presolve, route, factor."""
         self.program = program
-        self._requested = solver
-        reduced, self._steps = reduce.reduce_constant(program)
-        self._varying = reduce.eliminate_varying(reduced)
+        self._requested: SolverName | None = solver
+        self._set_up()
+        if self._semidefinite and np.count_nonzero(self._reduced.outputs) < np.count_nonzero(program.outputs):
+            # The selection among several optima is by the norm of what is returned: all of it has to be there.
+            self._set_up(keep_outputs=True)
+
+    def _set_up(self, keep_outputs: bool = False) -> None:
+        program, solver = self.program, self._requested
+        reduced, self._steps = reduce.reduce_constant(program, keep_outputs)
+        self._varying = reduce.eliminate_varying(reduced, keep_outputs)
         if self._varying is not None:
             reduced = self._varying.remaining
         self._reduced = reduced
@@ -298,6 +305,9 @@ class Plan:
             curvature = self._varying.curvature.evaluate(parameters)
         trail, primal_side, row_side = self._presolve(rhs_primal, rhs_rows, definitions, curvature)
         assert row_side is not None
+        if self._semidefinite:  # what the eliminations leave of a cost up to rounding is no cost: it may have no limit
+            largest = np.abs(rhs_primal).max(axis=1, keepdims=True, initial=0.0)
+            primal_side[np.abs(primal_side) <= 1e-14 * largest] = 0.0
         hessian = self._fixed_hessian
         if hessian is None:
             hessian = self._hessian(parameters, definitions, curvature)
@@ -374,7 +384,12 @@ class Plan:
         wanted = [Status.NOT_STRICTLY_CONVEX]
         if len(self._proximal):
             wanted += [Status.NOT_CONVERGED, Status.UNBOUNDED]
-        items = np.flatnonzero(np.isin(result.status, wanted)).astype(np.int64)
+        again = np.isin(result.status, wanted)
+        doubtful = np.flatnonzero(np.isin(result.status, [Status.NOT_CONVERGED, Status.INFEASIBLE]) & ~again)
+        if len(doubtful) and not values.diagonal:
+            hessian = values.hessian if values.hessian.shape[0] == 1 else values.hessian[doubtful]
+            again[doubtful] |= semidefinite.nearly_singular(hessian)
+        items = np.flatnonzero(again).astype(np.int64)
         if self._requested == "reference" or not len(items) or self._too_large:
             return result
         again = semidefinite.solve(values.take(items), options, self._seen)

@@ -165,7 +165,7 @@ def _entry_lookup(matrix: Any, rows: IndexArray, columns: IndexArray) -> FloatAr
     return np.asarray(sp.csr_array(matrix)[rows, columns]).ravel()
 
 
-def eliminate_once(program: Program) -> tuple[Program, Elimination] | None:
+def eliminate_once(program: Program, keep_outputs: bool = False) -> tuple[Program, Elimination] | None:
     """Eliminate variables whose definition and curvature are constant; None when there are none."""
     matrix = program.matrix
     varying = matrix.values.varying
@@ -175,7 +175,8 @@ def eliminate_once(program: Program) -> tuple[Program, Elimination] | None:
     moving = program.quadratic.values.varying
     curvature_varies[program.quadratic.rows[moving]] = True
     curvature_varies[program.quadratic.columns[moving]] = True
-    pairs = [(row, t) for row, t in _choose(program, ~curvature_varies) if not varying_rows[row]]
+    allowed = ~(curvature_varies | (program.outputs & keep_outputs))
+    pairs = [(row, t) for row, t in _choose(program, allowed) if not varying_rows[row]]
     if not pairs:
         return None
     return _eliminate(program, pairs)
@@ -288,15 +289,18 @@ def _eliminate(program: Program, pairs: list[tuple[int, int]]) -> tuple[Program,
     return reduced, step
 
 
-def reduce_constant(program: Program) -> tuple[Program, list[Elimination]]:
-    """Fix what is dominated, then repeat :func:`eliminate_once` until nothing more can go."""
+def reduce_constant(program: Program, keep_outputs: bool = False) -> tuple[Program, list[Elimination]]:
+    """Fix what is dominated, then repeat :func:`eliminate_once` until nothing more can go.
+
+    With ``keep_outputs`` no variable that is returned goes: the norm of the others would not be theirs.
+    """
     steps: list[Elimination] = []
     fixed = fix_dominated(program)
     if fixed is not None:
         program, step = fixed
         steps.append(step)
     while True:
-        found = eliminate_once(program)
+        found = eliminate_once(program, keep_outputs)
         if found is None:
             return program, steps
         program, step = found
@@ -344,13 +348,13 @@ def is_diagonal(quadratic: MatrixEntries) -> bool:
     return bool(np.all(pattern.coords[0] == pattern.coords[1]))
 
 
-def eliminate_varying(program: Program) -> VaryingElimination | None:
+def eliminate_varying(program: Program, keep_outputs: bool = False) -> VaryingElimination | None:
     """Find the last round of eliminations; None when there are none."""
     pattern = sp.coo_array(program.quadratic.pattern())
     coupled = np.zeros(program.num_variables, dtype=bool)
     off = pattern.coords[0] != pattern.coords[1]
     coupled[pattern.coords[0][off]] = True
-    pairs = _choose(program, ~coupled)
+    pairs = _choose(program, ~(coupled | (program.outputs & keep_outputs)))
     if not pairs:
         return None
     rows = np.array([row for row, _ in pairs], dtype=np.int64)

@@ -165,3 +165,93 @@ def random_case(
         multipliers = np.concatenate([multipliers, np.zeros((batch, 2))], axis=1)
         bad[0] = True
     return Case(hessian, linear, rows, rhs, me, primal, multipliers, bad)
+
+
+@dataclass
+class SemidefiniteCase(Case):
+    """A batch with a positive semidefinite Hessian: ``primal`` is one of the optima, ``multipliers`` one dual solution.
+
+    ``unbounded`` (B,) marks items whose objective falls without end. A row has a positive entry in ``multipliers``, and
+    then at least 0.1, when it is tight at every optimum.
+    """
+
+    unbounded: np.ndarray
+
+
+def semidefinite_case(seed: int, *, batch: int = 3, failing: bool = True) -> SemidefiniteCase:
+    """Generate a case: Q of any rank from 0 up, degenerate, redundant, with one or many optima.
+
+    Args:
+        seed: everything else follows from it.
+        batch: items.
+        failing: whether item 0 may be made infeasible or unbounded.
+    """
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 11))
+    count = batch if rng.random() < 0.3 else 1
+    rank = int(rng.integers(0, n + 1)) if rng.random() < 0.7 else 0
+    lattice = rng.random() < 0.5
+    if lattice:
+        root = rng.integers(-1, 2, size=(count, rank, n)).astype(float)
+    else:
+        root = rng.normal(size=(count, rank, n)) * (rng.random((1, rank, n)) < rng.choice([0.4, 1.0]))
+    hessian = root.transpose(0, 2, 1) @ root
+    if rng.random() < 0.3:  # diagonal, with zeros
+        hessian = np.stack([np.diag(rng.uniform(0.2, 3.0, n) * (np.arange(n) < rank)) for _ in range(count)])
+    me, mi = int(rng.integers(0, max(1, n // 2) + 1)), int(rng.integers(0, 3 * n + 1))
+
+    def normals(k: int) -> np.ndarray:
+        if lattice:
+            return rng.integers(-1, 2, size=(count, k, n)).astype(float)
+        return rng.normal(size=(count, k, n)) * (rng.random((1, k, n)) < rng.choice([0.4, 1.0]))
+
+    parts = [normals(me), normals(mi)]
+    if rng.random() < 0.6:  # bounds
+        parts.append(np.broadcast_to(-np.eye(n), (count, n, n)))
+    if rng.random() < 0.3:
+        parts.append(np.broadcast_to(np.eye(n), (count, n, n)))
+    if mi and rng.random() < 0.3:  # redundant rows
+        parts.append(2.0 * parts[1][:, : 1 + mi // 3])
+    rows = np.concatenate(parts, axis=1)
+    mi = rows.shape[1] - me
+    primal = rng.integers(-2, 3, size=(batch, n)).astype(float) if lattice else rng.normal(size=(batch, n))
+    multipliers, slack = np.zeros((batch, me + mi)), np.zeros((batch, me + mi))
+    multipliers[:, :me] = rng.normal(size=(batch, me))
+    for b in range(batch):
+        active = rng.random(mi) < rng.choice([0.1, 0.4, 0.8])
+        pushing = active & (rng.random(mi) < rng.choice([0.2, 0.7, 1.0]))
+        multipliers[b, me:] = np.where(pushing, rng.uniform(0.1, 1.5, mi), 0.0)
+        slack[b, me:] = np.where(active, 0.0, rng.uniform(0.1, 1.5, mi))
+    full_rows = np.broadcast_to(rows, (batch, *rows.shape[1:]))
+    full_hessian = np.broadcast_to(hessian, (batch, n, n))
+    rhs = np.einsum("bij,bj->bi", full_rows, primal) + slack
+    linear = -np.einsum("bij,bj->bi", full_hessian, primal) - np.einsum("bij,bi->bj", full_rows, multipliers)
+    infeasible, unbounded = np.zeros(batch, dtype=bool), np.zeros(batch, dtype=bool)
+    fate = rng.random() if failing else 1.0
+    if fate < 0.15:
+        direction = rng.normal(size=(count, 1, n))
+        value = np.einsum("bij,bj->bi", np.broadcast_to(direction, (batch, 1, n)), primal)
+        gap = np.ones((batch, 1))
+        gap[0] = -0.5  # d'x <= v - 0.5 and -d'x <= -v
+        rows = np.concatenate([rows, direction, -direction], axis=1)
+        rhs = np.concatenate([rhs, value + gap, -value + np.maximum(gap, 0.0)], axis=1)
+        multipliers = np.concatenate([multipliers, np.zeros((batch, 2))], axis=1)
+        infeasible[0] = True
+    elif fate < 0.3:  # one more variable, which only relaxes rows and in item 0 is paid for
+        column = -np.abs(rng.normal(size=(count, mi))) * (rng.random((1, mi)) < 0.5)
+        grown = np.zeros((count, me + mi + 1, n + 1))
+        grown[:, : me + mi, :n], grown[:, me:-1, n], grown[:, -1, n] = rows, column, -1.0
+        rows = grown
+        larger = np.zeros((count, n + 1, n + 1))
+        larger[:, :n, :n] = hessian
+        hessian = larger
+        cost = np.ones((batch, 1))
+        cost -= np.einsum("bi,bi->b", multipliers[:, me:], np.broadcast_to(column, (batch, mi)))[:, None]
+        primal = np.concatenate([primal, np.zeros((batch, 1))], axis=1)
+        # The last row -t <= 0 has multiplier 1 where t has its fair price.
+        multipliers = np.concatenate([multipliers, np.ones((batch, 1))], axis=1)
+        cost[0] = -1.0
+        rhs = np.concatenate([rhs, np.zeros((batch, 1))], axis=1)
+        linear = np.concatenate([linear, cost], axis=1)
+        unbounded[0] = True
+    return SemidefiniteCase(hessian, linear, rows, rhs, me, primal, multipliers, infeasible, unbounded)

@@ -64,6 +64,12 @@ class _Family:
         merge_status(status, result)
 
 
+def _unconstrained(linear: FloatArray, factor: float, weight: FloatArray | None) -> FloatArray:
+    """Return the minimiser without rows; a weight of zero has a status, not a warning."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return linear / factor if weight is None else linear / weight
+
+
 class BudgetBlocks(_Family):
     """``lower <= x <= upper`` and at most one row."""
 
@@ -72,7 +78,7 @@ class BudgetBlocks(_Family):
         columns, rows = self.columns, self.rows
         factor, weight = columns.hessian(values)
         linear = columns.take(values.rhs_primal)
-        point = linear / factor if weight is None else linear / weight
+        point = _unconstrained(linear, factor, weight)
         coefficients = self.coefficients(values)
         lower, upper = columns.limits(values)
         wrong = None
@@ -128,7 +134,7 @@ class MonotoneBlocks(_Family):
         n = columns.size
         factor, weight = columns.hessian(values)
         linear = columns.take(values.rhs_primal)
-        point = linear / factor if weight is None else linear / weight
+        point = _unconstrained(linear, factor, weight)
         if rows.plain and self.level:
             offset, steps = None, None
         else:
@@ -205,7 +211,7 @@ class TransportBlocks(_Family):
         k1, k2 = self.group.shape
         factor, weight = columns.hessian(values)
         linear = columns.take(values.rhs_primal)
-        point = linear / factor if weight is None else linear / weight
+        point = _unconstrained(linear, factor, weight)
         low, rhs, wrong = rows.interval(values.rhs_rows)
         del low
         lower, _ = columns.limits(values)
@@ -266,7 +272,7 @@ class L1Blocks(_Family):
         weights = columns.repeat(group.coefficients, values.batch)
         factor, weight = columns.hessian(values)
         linear = columns.take(values.rhs_primal)
-        point = linear / factor if weight is None else linear / weight
+        point = _unconstrained(linear, factor, weight)
         _, limits, _ = rows.interval(values.rhs_rows)
         radius = np.ascontiguousarray(limits[:, :1])
         centre = 0.5 * (limits[:, 1 : 1 + n] - limits[:, 1 + n :])

@@ -29,7 +29,7 @@ from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
 
 #: Weights tried one after the other, relative to the largest curvature.
-_WEIGHTS = (active_set.PROXIMAL_WEIGHT, 1e-7, 1e-2)
+_WEIGHTS = (active_set.PROXIMAL_WEIGHT, 1e-2, 1.0, 1e-7)
 #: Negative curvature, relative to the largest, that is rounding.
 _NEGATIVE = 1e-10
 #: Multipliers below this, relative to the cost, are zero.
@@ -88,6 +88,13 @@ def _convex(hessian: FloatArray) -> Mask:
     return ~(least < -_NEGATIVE * size)
 
 
+def nearly_singular(hessian: FloatArray) -> Mask:
+    """Return (1 or B,) whether each Hessian (1 or B, n, n) has curvature that may be nothing but rounding."""
+    harmless = np.where(np.isfinite(hessian), hessian, 0.0)
+    eigenvalues = np.linalg.eigvalsh(harmless)
+    return eigenvalues.min(axis=1, initial=np.inf) <= 1e-9 * np.abs(harmless).max(axis=(1, 2), initial=0.0)
+
+
 def _without_invalid(values: QPValues) -> tuple[QPValues, Mask]:
     """Return the problems with harmless numbers in the place of infinite ones and NaN, and which items have some."""
     batch = values.batch
@@ -142,26 +149,26 @@ def _optimum(values: QPValues, options: Options, setup: SemidefiniteSetup | None
     flat = values.proximal if setup is None else setup.proximal
     enough = 0 < len(flat) < len(every)
     result = _proximal(replace(values, proximal=flat if enough else every), options, setup and setup.gram, _WEIGHTS[0])
+    decided = result.status == Status.INVALID_INPUT
     examined = np.zeros(values.batch, dtype=bool)
-    for weight in _WEIGHTS if enough else _WEIGHTS[1:]:
-        hard = np.isin(result.status, [Status.NOT_CONVERGED, Status.UNBOUNDED]) & convex
-        for b in np.flatnonzero(hard & ~examined):
-            _examine(values, options, result, int(b))
-        examined |= hard
-        again = np.isin(result.status, [Status.NOT_CONVERGED, Status.NOT_STRICTLY_CONVEX]) & convex
-        left = np.flatnonzero(again)
+    for weight in (*_WEIGHTS[0 if enough else 1 :], None):
+        failed = (result.status != Status.SOLVED) & convex & ~decided
+        for b in np.flatnonzero(failed & ~examined & (result.status != Status.NOT_STRICTLY_CONVEX)):
+            decided[b] = _examine(values, options, result, int(b))
+            examined[b] = True
+        left = np.flatnonzero(failed & ~decided)
         if not len(left):
             break
-        _merge(result, _proximal(replace(values, proximal=every).take(left), options, None, weight), left)
-    for b in np.flatnonzero((result.status == Status.UNBOUNDED) & ~examined):
-        _examine(values, options, result, int(b))
+        result.status[left] = Status.NOT_CONVERGED
+        if weight is not None:
+            _merge(result, _proximal(replace(values, proximal=every).take(left), options, None, weight), left)
     if convex.shape[0] > 1:
         result.status[~convex & (result.status != Status.INVALID_INPUT)] = Status.NOT_STRICTLY_CONVEX
     return result
 
 
-def _examine(values: QPValues, options: Options, result: Result, b: int) -> None:
-    """Decide whether an item that did not converge has an optimum: not if it is infeasible, or has a ray."""
+def _examine(values: QPValues, options: Options, result: Result, b: int) -> bool:
+    """Decide, without a cost in the way, whether an item has no optimum; if so set its status and return True."""
     nearest = replace(
         values.take(np.array([b])), hessian=np.ones((1, values.num_variables)),
         rhs_primal=np.zeros((1, values.num_variables)), proximal=np.zeros(0, dtype=np.int64),
@@ -169,10 +176,11 @@ def _examine(values: QPValues, options: Options, result: Result, b: int) -> None
     found = active_set.solve(nearest, replace(options, keep_face=False))
     if found.status[0] == Status.INFEASIBLE:
         result.status[b], result.rows[b], result.bounds[b] = found.status[0], found.rows[0], found.bounds[0]
-    elif found.status[0] == Status.SOLVED and _Item(values, b).has_ray():
+        return True
+    if found.status[0] == Status.SOLVED and _Item(values, b).has_ray():
         result.status[b] = Status.UNBOUNDED
-    else:
-        result.status[b] = Status.NOT_CONVERGED
+        return True
+    return False
 
 
 def _merge(result: Result, found: Result, items: IndexArray) -> None:
@@ -228,10 +236,21 @@ def _units(values: QPValues) -> tuple[FloatArray, FloatArray]:
 def _support(values: QPValues, result: Result) -> tuple[Mask, Mask]:
     """Return the rows (B, m) and bounds (B, nb) with a multiplier; equalities are among them."""
     sizes = np.linalg.norm(values.rows, axis=2)
-    tiny = _MULTIPLIER * np.maximum(np.abs(values.rhs_primal).max(axis=1, initial=0.0), 1e-300)[:, None]
+    cost, curvature = np.abs(values.rhs_primal).max(axis=1, initial=0.0), np.abs(values.hessian)
+    curvature = curvature.reshape(len(curvature), -1).max(axis=1, initial=0.0)
+    tiny = _negligible(cost, curvature, np.abs(result.primal).max(axis=1, initial=0.0))[:, None]
     rows = np.abs(result.rows) * sizes > tiny
     rows[:, : values.num_equalities] = True
     return rows, (np.abs(result.bounds) > tiny) | (values.lower == values.upper)
+
+
+def _negligible(cost: FloatArray, curvature: FloatArray, size: FloatArray) -> FloatArray:
+    """Return the size below which a multiplier is rounding; without any cost every one of them is."""
+    return np.where(
+        (cost > 0.0) | (curvature > 0.0),
+        np.maximum(_MULTIPLIER * cost, 1e-3 * _MULTIPLIER * curvature * (1.0 + size)),
+        np.inf,
+    )
 
 
 def _doubtful(values: QPValues, result: Result) -> Mask:
@@ -324,7 +343,8 @@ class _Item:
             [result.rows[b], np.maximum(result.bounds[b], 0.0), np.maximum(-result.bounds[b], 0.0)]
         )
         pull = np.abs(multipliers) / self.scale
-        support = (pull > _MULTIPLIER * max(float(np.abs(self.linear).max(initial=0.0)), 1e-300)) | self.equality
+        cost, curvature = np.abs(self.linear).max(initial=0.0), np.abs(self.hessian).max(initial=0.0)
+        support = (pull > _negligible(cost, curvature, np.abs(x).max(initial=0.0))) | self.equality
         basis = self._directions(support)
         seen = basis[read]
         if not np.abs(seen).max(initial=0.0) > 1e-8:
