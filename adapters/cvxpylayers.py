@@ -392,6 +392,8 @@ class CvxpyLayer(_StockLayer):
 
     Attributes:
         status: (B,) int8 tensor of :class:`hsbackend.Status` codes of the last call (B = 1 without a batch), or None.
+        non_unique: (B,) bool tensor, whether an item of the last call has optima besides the least-norm one returned;
+            None where hsbackend did not solve the problem.
 
     Raises:
         UnsupportedProblemError: for ``HSBackend(fallback="error")`` and a problem hsbackend cannot solve.
@@ -411,6 +413,7 @@ class CvxpyLayer(_StockLayer):
     ) -> None:
         """Canonicalise, route, factor what is constant."""
         torch.nn.Module.__init__(self)
+        self.non_unique: torch.Tensor | None = None
         self.status: torch.Tensor | None = None
         self._stock: _StockLayer | None = None
         self._layer: Layer | None = None
@@ -509,6 +512,7 @@ class CvxpyLayer(_StockLayer):
             SolveError: when an item has no solution and ``on_failure="raise"``.
         """
         settings, rest = self._settings.updated(solver_args or {})
+        self.non_unique = None
         stock = self._stock
         if stock is not None and not isinstance(stock.ctx.solver, HSBackend):
             self.status = None
@@ -532,6 +536,7 @@ class CvxpyLayer(_StockLayer):
             raise
         assert call.solution is not None
         self.status = torch.from_numpy(call.solution.status)
+        self.non_unique = torch.from_numpy(call.solution.non_unique)
         if warm_start:
             self._warm = call.solution.face
         if any(batched):
@@ -600,7 +605,7 @@ class CvxpyLayer(_StockLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the warm start and the last status out of copies and pickles."""
-        return {**self.__dict__, "_warm": None, "status": None}
+        return {**self.__dict__, "_warm": None, "status": None, "non_unique": None}
 
 
 _stock_init = _StockLayer.__init__

@@ -27,7 +27,7 @@ class Status(IntEnum):
     NOT_CONVERGED = 4
     """The requested tolerance was not reached: check the conditioning of the data or loosen ``tolerance``."""
     NOT_STRICTLY_CONVEX = 5
-    """The Hessian of this item is not positive definite on the subspace left by the equalities."""
+    """The Hessian of this item has negative curvature, or is singular and the solver asked for cannot take that."""
 
     @property
     def sentence(self) -> str:
@@ -44,7 +44,7 @@ _SENTENCES = {
     Status.INVALID_INPUT: "the parameters hold NaN or infinity",
     Status.NOT_CONVERGED: "the requested tolerance was not reached; check the scaling of the data or loosen tolerance",
     Status.NOT_STRICTLY_CONVEX: (
-        "the Hessian is not positive definite on the equality constraints; add a small quadratic term to the objective"
+        "the Hessian is not positive semidefinite, or not positive definite for the solver asked for"
     ),
 }
 

@@ -349,6 +349,40 @@ def total_variation():
     return problem, [y], [x], _points(5)
 
 
+@row
+def median():
+    x, y = cp.Variable(), cp.Parameter(5)
+    return cp.Problem(cp.Minimize(cp.norm1(y - x))), [y], [x], _points(5)
+
+
+@row
+def elastic_net():
+    x, y, lasso_weight, ridge_weight = (
+        cp.Variable(4),
+        cp.Parameter(6),
+        cp.Parameter(nonneg=True),
+        cp.Parameter(nonneg=True),
+    )
+    loss = cp.sum_squares(_constant(21, 6, 4) @ x - y)
+    problem = cp.Problem(cp.Minimize(loss + lasso_weight * cp.norm1(x) + ridge_weight * cp.sum_squares(x)))
+    draw = lambda rng: [  # noqa: E731
+        rng.standard_normal((BATCH, 6)), rng.uniform(0.3, 0.8, BATCH), rng.uniform(0.1, 1.0, BATCH)
+    ]  # fmt: skip
+    return problem, [y, lasso_weight, ridge_weight], [x], draw
+
+
+@row
+def control_with_a_singular_input_cost():
+    """Q is zero in u: only y == fx + B @ u and the bounds hold it."""
+    y, u = cp.Variable(3), cp.Variable(2)
+    fx, B, root = cp.Parameter(3), cp.Parameter((3, 2)), cp.Parameter((3, 3))
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(root @ y) + np.ones(3) @ y), [y == fx + B @ u, u <= 1, u >= -1])
+    draw = lambda rng: [  # noqa: E731
+        rng.standard_normal((BATCH, 3)), rng.standard_normal((BATCH, 3, 2)), rng.standard_normal((BATCH, 3, 3))
+    ]  # fmt: skip
+    return problem, [fx, B, root], [y, u], draw
+
+
 # --- spellings of bounds
 
 

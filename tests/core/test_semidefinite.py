@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog, nnls
 
+from core_programs import dense_program
 from generators import SemidefiniteCase, semidefinite_case
 from hsbackend.plan import Plan, Solution
 from hsbackend.solvers.result import Options
@@ -101,3 +102,17 @@ def test_semidefinite_programs(first: int) -> None:
 def test_many_more_semidefinite_programs(first: int) -> None:
     for seed in range(first, first + BLOCK):
         check(seed)
+
+
+def test_a_linear_program_at_a_vertex_has_no_derivative_in_its_cost() -> None:
+    """On the simplex: a vertex, an edge and the whole set are optimal; the budget is shared evenly among the optima."""
+    rows = np.concatenate([np.ones((1, 4)), -np.eye(4)])
+    plan = Plan(dense_program(np.zeros((4, 4)), rows, 1))
+    costs = np.array([[1.0, 2, 3, 4], [0, 0, 1, 1], [0, 0, 0, 0]])
+    solution = plan.solve([costs, np.tile([1.0, 0, 0, 0, 0], (3, 1))], Options())
+    expected = [[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4]
+    np.testing.assert_allclose(solution.primal, expected, atol=1e-11)
+    assert list(solution.non_unique) == [False, True, True]
+    adjoint = plan.adjoint(solution, np.eye(4)[:3], None)
+    np.testing.assert_allclose(adjoint.primal, 0.0, atol=1e-14)
+    np.testing.assert_allclose(adjoint.rows[:, 0], [1.0, 0.5, 0.25], atol=1e-12)
