@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 import numba  # pyright: ignore[reportMissingTypeStubs]
+import numpy as np
 import torch
 
 _LOGGER = logging.getLogger("hsbackend")
@@ -107,3 +108,14 @@ def _first_call(kernel: Kernel, *arguments: Any) -> Any:
         name = getattr(kernel, "__name__", "kernel")
         _LOGGER.warning("hsbackend prepared %s in %.1f s; later processes load it from Numba's cache", name, elapsed_s)
     return result
+
+
+def gather(stores: list[Any], offset: Any) -> Any:
+    """Join the storage of the workers; worker t of T owns the items t, t + T, ...; shift ``offset`` to match."""
+    if len(stores) == 1:
+        return stores[0]
+    begin = 0
+    for worker, store in enumerate(stores):
+        offset[worker :: len(stores)] += begin
+        begin += len(store)
+    return np.concatenate(stores)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hsbackend._parallel import for_each_item
+from hsbackend._parallel import for_each_item, gather
 from hsbackend.face import BlockFace, BoxFace, GramFace, MixedFace
 from hsbackend.metric import ItemMetric, Metric, SharedMetric
 from hsbackend.program import FloatArray, IndexArray, QPValues
@@ -31,17 +31,6 @@ from hsbackend.status import Status
 #: Weight of the proximal term relative to the largest curvature. Small weights converge in fewer outer steps but
 #: put numbers of size 1/weight into the Gram matrix; 1e-4 keeps twelve digits (measured on epigraph fuzz problems).
 PROXIMAL_WEIGHT = 1e-4
-
-
-def gather(stores: list[FloatArray], offset: IndexArray) -> FloatArray:
-    """Join the storage of the workers; worker t of T owns the items t, t + T, ...; shift ``offset`` to match."""
-    if len(stores) == 1:
-        return stores[0]
-    begin = 0
-    for worker, store in enumerate(stores):
-        offset[worker :: len(stores)] += begin
-        begin += len(store)
-    return np.concatenate(stores)
 
 
 def _proximal_weight(hessian: FloatArray, relative: float) -> FloatArray:

@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hsbackend.face import GramFace, LeastNormFace
+from hsbackend.face import Face, GramFace, LeastNormFace
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers import active_set
 from hsbackend.solvers.result import Options, Result
@@ -36,8 +36,8 @@ _NEGATIVE = 1e-10
 _MULTIPLIER = 1e-9
 #: Slacks below this, relative to the limit and the point, are zero.
 _SLACK = 1e-9
-#: Least eigenvalue of ``H/|H| + N'N`` (unit rows) above which nobody needs to look for a second optimum.
-_CERTAIN = 1e-6
+#: Remainder of a unit row, and curvature relative to the largest, above which nobody looks for a second optimum.
+_CERTAIN_RANK, _CERTAIN_CURVATURE = 1e-3, 1e-6
 #: Singular values of ``[H; N]`` (unit rows) below this are zero.
 _RANK = 1e-9
 #: Length of the projection of a unit vector onto a cone above which the cone is not zero.
@@ -123,24 +123,30 @@ def solve(values: QPValues, options: Options, read: Mask, setup: SemidefiniteSet
         Result with ``non_unique``, and a :class:`~hsbackend.face.LeastNormFace`.
     """
     values, invalid = _without_invalid(values)
-    result = _optimum(values, options, setup)
+    result = _optimum(values, options, read, setup)
     result.status[invalid] = Status.INVALID_INPUT
-    if not isinstance(result.face, LeastNormFace):  # every item failed before there was a face
+    face = result.face
+    if not isinstance(face, LeastNormFace):  # every item failed before there was a face
         return result
-    batch, sides = values.batch, (result.face.active_rows, result.face.active_bounds)
-    non_unique = np.zeros(batch, dtype=bool)
-    for b in np.flatnonzero(_doubtful(values, result)):
+    non_unique = np.zeros(values.batch, dtype=bool)
+    moved: list[int] = []
+    for b in np.flatnonzero(_doubtful(values, result, read)):
         found = _Item(values, int(b)).select(result, options, read)
         if found is None:
             continue
-        non_unique[b], primal, side_rows, side_bounds = found
-        result.primal[b] = primal
-        sides[0][b], sides[1][b] = side_rows, side_bounds
-    face = LeastNormFace(values, *sides, read) if options.keep_face else None
-    return replace(result, face=face, non_unique=non_unique)
+        non_unique[b], result.primal[b], *sides = found
+        for old, new in zip((face.active_rows, face.active_bounds), sides, strict=True):
+            if np.any(old[b] != new):
+                old[b] = new
+                moved.append(int(b))
+    kept: Face | None = None
+    if options.keep_face:
+        items = np.unique(np.array(moved, dtype=np.int64))
+        kept = face.replaced(items)
+    return replace(result, face=kept, non_unique=non_unique)
 
 
-def _optimum(values: QPValues, options: Options, setup: SemidefiniteSetup | None) -> Result:
+def _optimum(values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None) -> Result:
     """Find one optimum of every item, or the reason why there is none."""
     every = np.arange(values.num_variables, dtype=np.int64)
     convex = _convex(values.hessian) if setup is None else np.array([setup.convex])
@@ -148,7 +154,8 @@ def _optimum(values: QPValues, options: Options, setup: SemidefiniteSetup | None
         return Result.failed(values, Status.NOT_STRICTLY_CONVEX)
     flat = values.proximal if setup is None else setup.proximal
     enough = 0 < len(flat) < len(every)
-    result = _proximal(replace(values, proximal=flat if enough else every), options, setup and setup.gram, _WEIGHTS[0])
+    first = replace(values, proximal=flat if enough else every)
+    result = _proximal(first, options, read, setup and setup.gram, _WEIGHTS[0])
     decided = result.status == Status.INVALID_INPUT
     examined = np.zeros(values.batch, dtype=bool)
     for weight in (*_WEIGHTS[0 if enough else 1 :], None):
@@ -161,7 +168,9 @@ def _optimum(values: QPValues, options: Options, setup: SemidefiniteSetup | None
             break
         result.status[left] = Status.NOT_CONVERGED
         if weight is not None:
-            _merge(result, _proximal(replace(values, proximal=every).take(left), options, None, weight), left)
+            result = _merge(
+                result, _proximal(replace(values, proximal=every).take(left), options, read, None, weight), left
+            )
     if convex.shape[0] > 1:
         result.status[~convex & (result.status != Status.INVALID_INPUT)] = Status.NOT_STRICTLY_CONVEX
     return result
@@ -183,16 +192,21 @@ def _examine(values: QPValues, options: Options, result: Result, b: int) -> bool
     return False
 
 
-def _merge(result: Result, found: Result, items: IndexArray) -> None:
+def _merge(result: Result, found: Result, items: IndexArray) -> Result:
+    """Overwrite some items; their faces are factored again."""
     result.primal[items], result.rows[items], result.bounds[items] = found.primal, found.rows, found.bounds
     result.status[items] = found.status
     result.steps[items] += found.steps
     if isinstance(result.face, LeastNormFace) and isinstance(found.face, LeastNormFace):
         result.face.active_rows[items] = found.face.active_rows
         result.face.active_bounds[items] = found.face.active_bounds
+        return replace(result, face=replace(result.face))
+    return result
 
 
-def _proximal(values: QPValues, options: Options, gram: active_set.GramSetup | None, weight: float) -> Result:
+def _proximal(
+    values: QPValues, options: Options, read: Mask, gram: active_set.GramSetup | None, weight: float
+) -> Result:
     """Run the proximal loop and check its answer against the data; its face is a LeastNormFace without selection."""
     cost, size = _units(values)
     scaled = replace(
@@ -217,8 +231,7 @@ def _proximal(values: QPValues, options: Options, gram: active_set.GramSetup | N
     else:
         rows = np.zeros((batch, values.rows.shape[1]), dtype=np.int64)
         bounds = np.zeros((batch, len(values.bounded)), dtype=np.int64)
-    every = np.ones(values.num_variables, dtype=bool)
-    return active_set.verify(values, options, replace(result, face=LeastNormFace(values, rows, bounds, every)))
+    return active_set.verify(values, options, replace(result, face=LeastNormFace(values, rows, bounds, read)))
 
 
 def _units(values: QPValues) -> tuple[FloatArray, FloatArray]:
@@ -253,34 +266,11 @@ def _negligible(cost: FloatArray, curvature: FloatArray, size: FloatArray) -> Fl
     )
 
 
-def _doubtful(values: QPValues, result: Result) -> Mask:
+def _doubtful(values: QPValues, result: Result, read: Mask) -> Mask:
     """Return the solved items (B,) that may have more than one optimum: a cheap test with a wide margin."""
-    solved = result.status == Status.SOLVED
-    doubtful = np.zeros(values.batch, dtype=bool)
-    items = np.flatnonzero(solved)
-    if not len(items):
-        return doubtful
-    n = values.num_variables
     rows, bounds = _support(values, result)
-    chunk = max(1, 4_000_000 // max(1, n * (n + values.rows.shape[1])))
-    for begin in range(0, len(items), chunk):
-        part = items[begin : begin + chunk]
-        hessian = values.hessian if values.hessian.shape[0] == 1 else values.hessian[part]
-        normals = values.rows if values.rows.shape[0] == 1 else values.rows[part]
-        size = np.linalg.norm(normals, axis=2, keepdims=True)
-        unit = normals / np.where(size > 0.0, size, 1.0) * rows[part][:, :, None]
-        total = unit.transpose(0, 2, 1) @ unit
-        diagonal = np.arange(n)
-        own = hessian if values.diagonal else np.einsum("bii->bi", hessian)
-        largest = np.abs(own).max(axis=1, initial=0.0)
-        largest = np.where(largest > 0.0, largest, 1.0)
-        if values.diagonal:
-            total[:, diagonal, diagonal] += hessian / largest[:, None]
-        else:
-            total += hessian / largest[:, None, None]
-        total[:, values.bounded, values.bounded] += bounds[part]
-        doubtful[part] = ~(np.linalg.eigvalsh(total)[:, 0] > _CERTAIN)
-    return doubtful
+    support = LeastNormFace(values, rows.astype(np.int64), bounds.astype(np.int64), read)
+    return (result.status == Status.SOLVED) & (support.free_directions(_CERTAIN_RANK, _CERTAIN_CURVATURE) > 0)
 
 
 class _Item:

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from hsbackend._parallel import for_each_item
+from hsbackend._parallel import for_each_item, gather
 from hsbackend.face import BoxFace, Face
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers import active_set
 from hsbackend.solvers._newton_kernels import newton_items
-from hsbackend.solvers.active_set import gather
 from hsbackend.solvers.result import Options, Result
 
 #: Items that need more are degenerate, infeasible or ill-conditioned; measured: portfolio and simplex need at most 12.
