@@ -7,22 +7,36 @@ from hsbackend._parallel import compile_kernel
 
 
 @compile_kernel
-def apply_inverse(start, stop, step, values, target, scale, working, count, offset, inverse, out, scratch):  # type: ignore[no-untyped-def]
-    """``out_K = scale_K inverse (scale_K (values_K - target_K))`` with ragged working sets."""
-    varying_scale = 0 if scale.shape[0] == 1 else 1
+def apply_inverse(
+    start, stop, step, values, target, gram, scale, working, count, offset, inverse, out, scratch
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """``out_K = scale_K inverse (scale_K (values_K - target_K))`` with ragged working sets, refined once.
+
+    ``gram`` is the scaled matrix that the inverses belong to; the inverse alone loses as many digits as its condition
+    has, the refined solution half of them at most.
+    """
+    varying = 0 if scale.shape[0] == 1 else 1
     for b in range(start, stop, step):
         k = count[b]
         if k == 0:
             continue
-        t = scratch[b]
-        s = scale[b * varying_scale]
+        right, found = scratch[b, 0], scratch[b, 1]
+        s = scale[b * varying]
+        matrix = gram[b * varying]
         for i in range(k):
             w = working[b, i]
-            t[i] = s[w] * (values[b, w] - target[b, w])
+            right[i] = s[w] * (values[b, w] - target[b, w])
+        for i in range(k):
+            begin = offset[b] + i * k
+            found[i] = dot(inverse[begin : begin + k], right, k)
+        for i in range(k):
+            row = matrix[working[b, i]]
+            for j in range(k):
+                right[i] -= row[working[b, j]] * found[j]
         for i in range(k):
             begin = offset[b] + i * k
             w = working[b, i]
-            out[b, w] = s[w] * dot(inverse[begin : begin + k], t, k)
+            out[b, w] = s[w] * (found[i] + dot(inverse[begin : begin + k], right, k))
 
 
 @compile_kernel

@@ -6,6 +6,10 @@
 
 They differentiate to any order, map and compile by themselves. At a tie the choice of K decides which branch is taken:
 ``"active"`` the constraint, ``"support"`` the point.
+
+An item's numbers have the same bits whatever the batch around it and the number of threads, and so have its gradients.
+Two habits of torch are in the way: a matrix product rounds differently with another number of rows, and one long sum is
+cut into as many pieces as there are threads. Products are therefore written as sums, and long sums cut in fixed places.
 """
 
 from __future__ import annotations
@@ -111,6 +115,37 @@ def _allowance(like: Tensor) -> float:
     return 1e-9 if like.dtype == torch.float64 else 1e-5
 
 
+#: Longest sum that torch never cuts: half of what it gives to one thread.
+_LONGEST = 16_384
+#: Entries of a matrix that are multiplied with every item at a time; bounds the memory of :func:`_product`.
+_ENTRIES = 4_096
+
+
+def _sum(value: Tensor) -> Tensor:
+    """Sum over the last axis, long ones piece by piece."""
+    n = value.shape[-1]
+    if n <= _LONGEST:
+        return value.sum(-1)
+    padded = torch.nn.functional.pad(value, (0, -n % _LONGEST))
+    return _sum(padded.unflatten(-1, (-1, _LONGEST)).sum(-1))
+
+
+def _along(value: Tensor, like: Tensor) -> Tensor:
+    """Repeat (...) along a last axis of the length of another tensor's; the derivative is :func:`_sum`."""
+    n = like.shape[-1]
+    if n <= _LONGEST:
+        return value.unsqueeze(-1)
+    pieces = _along(value, torch.empty(-(-n // _LONGEST), device="meta")).expand(*value.shape, -(-n // _LONGEST))
+    return pieces.unsqueeze(-1).expand(*pieces.shape, _LONGEST).flatten(-2)[..., :n]
+
+
+def _product(matrix: Tensor, value: Tensor) -> Tensor:
+    """Return ``M v``, (..., r), for a constant (r, c) matrix and (..., c)."""
+    step = max(1, _ENTRIES // max(1, matrix.shape[1]))
+    found = [_sum(value.unsqueeze(-2) * rows) for rows in matrix.split(step)]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
 def clip(v: Tensor, lower: Tensor | None, upper: Tensor | None, asked: Asked) -> Tensor:
     """Project on a box; a coordinate whose bounds agree is held, by the upper one.
 
@@ -153,21 +188,21 @@ def step_to_row(v: Tensor, a: Tensor, b: Tensor, weight: Tensor | None, equation
         asked: options.
     """
     direction = a if weight is None else a / weight
-    length = (a * direction).sum(-1)
+    length = _sum(a * direction)
     products = a * v
-    excess = products.sum(-1) - b
+    excess = _sum(products) - b
     empty = length == 0.0
     if not equation:
         # Whether the row is active is decided to rounding, as in the families.
-        size = products.abs().sum(-1) + torch.where(b.isinf(), 0.0, b).abs()
+        size = _sum(products.abs()) + torch.where(b.isinf(), 0.0, b).abs()
         margin = 16.0 * torch.finfo(v.dtype).eps * size.detach()
         active = excess >= -margin if asked.jacobian == "active" else excess > margin
         excess = torch.where(active, excess, 0.0)
     else:
         active = ~empty
     divisor = torch.where(empty, 1.0, length)
-    x = v - (torch.where(empty, 0.0, excess) / divisor).unsqueeze(-1) * direction
-    left = torch.where(active & ~empty, (a * x).sum(-1) - b, 0.0) / divisor
+    x = v - _along(torch.where(empty, 0.0, excess) / divisor, v) * direction
+    left = torch.where(active & ~empty, _sum(a * x) - b, 0.0) / divisor
     x = x - (left.unsqueeze(-1) * direction).detach()
     infeasible = empty & (excess.abs() > _allowance(v) * (1.0 + b.abs()))
     invalid = ~x.isfinite().all(-1)
@@ -187,9 +222,9 @@ def step_to_affine(v: Tensor, A: Tensor, b: Tensor, pseudo: Tensor, outside: Ten
         outside: (p, p) ``I - A A^+``, which an attainable b is in the null space of.
         asked: options.
     """
-    x = v - (v @ A.mT - b) @ pseudo.mT
-    x = x - ((x @ A.mT - b) @ pseudo.mT).detach()
-    gap = (b @ outside.mT).abs().amax(-1)
+    x = v - _product(pseudo, _product(A, v) - b)
+    x = x - _product(pseudo, _product(A, x) - b).detach()
+    gap = _product(outside, b).abs().amax(-1)
     infeasible = gap > _allowance(v) * (1.0 + b.abs().amax(-1))
     return settle(x, v, ~x.isfinite().all(-1), infeasible, asked)
 

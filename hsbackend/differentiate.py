@@ -26,6 +26,7 @@ import scipy.sparse as sp
 import torch
 from torch.autograd.function import once_differentiable
 
+from hsbackend._blas import dot
 from hsbackend._parallel import compile_kernel, for_each_item
 from hsbackend.plan import Plan, Solution
 from hsbackend.program import FloatArray, IndexArray, MatrixEntries, Program, SparseOperator, as_slice
@@ -34,10 +35,10 @@ from hsbackend.status import SolveError, Status, failure_message
 
 
 @compile_kernel
-def _bilinear(start, stop, step, targets, rows, columns, factors, a, b, c, d, total, out):  # type: ignore[no-untyped-def]
-    """Add ``factor (a_row b_column + c_row d_column)`` to ``out[item, target]``, or to ``out[worker]`` if ``total``."""
+def _bilinear(start, stop, step, targets, rows, columns, factors, a, b, c, d, out):  # type: ignore[no-untyped-def]
+    """Add ``factor (a_row b_column + c_row d_column)`` to ``out[item, target]``."""
     for item in range(start, stop, step):
-        row_out = out[start] if total else out[item]
+        row_out = out[item]
         for k in range(targets.shape[0]):
             i = rows[k]
             j = columns[k]
@@ -45,11 +46,22 @@ def _bilinear(start, stop, step, targets, rows, columns, factors, a, b, c, d, to
 
 
 @compile_kernel
-def _outer(start, stop, step, rows, columns, factor, a, b, c, d, total, out):  # type: ignore[no-untyped-def]
-    """The same where the parameter is a whole block of the matrix, row by row, with one factor."""
+def _bilinear_total(start, stop, step, edges, rows, columns, factors, a, b, c, d, out):  # type: ignore[no-untyped-def]
+    """Add the sum over the items to ``out[target]``, with a, b, c, d (., B) and the entries ``edges`` of a target."""
+    batch = a.shape[1]
+    for target in range(start, stop, step):
+        for k in range(edges[target], edges[target + 1]):
+            i = rows[k]
+            j = columns[k]
+            out[target] += factors[k] * (dot(a[i], b[j], batch) + dot(c[i], d[j], batch))
+
+
+@compile_kernel
+def _outer(start, stop, step, rows, columns, factor, a, b, c, d, out):  # type: ignore[no-untyped-def]
+    """The same as ``_bilinear`` where the parameter is a whole block of the matrix, row by row, with one factor."""
     n = columns.shape[0]
     for item in range(start, stop, step):
-        block = out[start] if total else out[item]
+        block = out[item]
         left = b[item]
         right = d[item]
         for i in range(rows.shape[0]):
@@ -60,14 +72,31 @@ def _outer(start, stop, step, rows, columns, factor, a, b, c, d, total, out):  #
                 line[j] += s * left[columns[j]] + t * right[columns[j]]
 
 
+@compile_kernel
+def _outer_total(start, stop, step, rows, columns, factor, a, b, c, d, out):  # type: ignore[no-untyped-def]
+    """Add the sum over the items to ``out``, a row of the block after the other; all arguments by item."""
+    n = columns.shape[0]
+    for i in range(start, stop, step):
+        line = out[i * n : (i + 1) * n]
+        for item in range(a.shape[0]):
+            s = factor * a[item, rows[i]]
+            t = factor * c[item, rows[i]]
+            left = b[item]
+            right = d[item]
+            for j in range(n):
+                line[j] += s * left[columns[j]] + t * right[columns[j]]
+
+
 @dataclass(frozen=True)
 class _Bilinear:
     """Entries of a matrix that depend on one parameter: where they are and what multiplies them.
 
-    ``block`` has the rows and columns when the parameter is a whole block of the matrix, row by row, with one factor.
+    ``targets`` ascend; those of target t are ``edges[t] : edges[t + 1]``. ``block`` has the rows and columns when the
+    parameter is a whole block of the matrix, row by row, with one factor.
     """
 
     targets: IndexArray
+    edges: IndexArray
     rows: IndexArray
     columns: IndexArray
     factors: FloatArray
@@ -86,19 +115,38 @@ class _Bilinear:
         whole = _whole_block(rows, columns)
         if not np.array_equal(block.indices[order], np.arange(block.shape[1])) or np.ptp(block.data) != 0.0:
             whole = None
-        return cls(block.indices[order], rows, columns, block.data[order], whole)
+        targets = block.indices[order]
+        edges = np.searchsorted(targets, np.arange(block.shape[1] + 1)).astype(np.int64)
+        return cls(targets, edges, rows, columns, block.data[order], whole)
 
-    def add_to(
-        self, sign: float, a: FloatArray, b: FloatArray, c: FloatArray, d: FloatArray, summed: bool, out: FloatArray
-    ) -> None:
-        """Add ``sign factor (a_row b_column + c_row d_column)`` to the entries of the parameter."""
+    def add_to(self, sign: float, a: FloatArray, b: FloatArray, c: FloatArray, d: FloatArray, out: FloatArray) -> None:
+        """Add ``sign factor (a_row b_column + c_row d_column)`` to the entries of the parameter, (B, size)."""
         work = 4.0 * len(self.targets)
         if self.block is not None:
             factor = sign * float(self.factors[0])
-            for_each_item(_outer, a.shape[0], work, *self.block, factor, a, b, c, d, summed, out)
+            for_each_item(_outer, a.shape[0], work, *self.block, factor, a, b, c, d, out)
         else:
             lists = (self.targets, self.rows, self.columns, sign * self.factors)
-            for_each_item(_bilinear, a.shape[0], work, *lists, a, b, c, d, summed, out)
+            for_each_item(_bilinear, a.shape[0], work, *lists, a, b, c, d, out)
+
+    def add_total_to(
+        self, sign: float, a: FloatArray, b: FloatArray, c: FloatArray, d: FloatArray, out: FloatArray
+    ) -> None:
+        """Add the same, summed over the items, to (size,).
+
+        Threads share the entries, not the items: the order of a sum must not depend on how many threads there are.
+        """
+        if self.block is not None:
+            factor = sign * float(self.factors[0])
+            rows, columns = self.block
+            for_each_item(
+                _outer_total, len(rows), 4.0 * a.shape[0] * len(columns), *self.block, factor, a, b, c, d, out
+            )
+        else:
+            lists = (self.edges, self.rows, self.columns, sign * self.factors)
+            by_entry = [np.ascontiguousarray(part.T) for part in (a, b, c, d)]
+            work = 4.0 * a.shape[0] * len(self.targets) / max(len(out), 1)
+            for_each_item(_bilinear_total, len(out), work, *lists, *by_entry, out)
 
 
 def _whole_block(rows: IndexArray, columns: IndexArray) -> tuple[IndexArray, IndexArray] | None:
@@ -131,21 +179,19 @@ class _ParameterGradient:
     ) -> FloatArray:
         """Return the gradient, (B, size), or (size,) summed over the batch."""
         batch = u.shape[0]
-        if summed and not self.needs_solution:
-            u, w = u.sum(axis=0, keepdims=True), w.sum(axis=0, keepdims=True)
-            batch = 1
-        workers = min(torch.get_num_threads(), batch) if summed else batch
-        out = np.zeros((max(workers, 1), self.size))
-        if summed and self.needs_solution:
-            self._add_linear(u.sum(axis=0, keepdims=True), w.sum(axis=0, keepdims=True), out[:1])
+        out = np.zeros((1 if summed else batch, self.size))
+        if summed:
+            self._add_linear(u.sum(axis=0, keepdims=True), w.sum(axis=0, keepdims=True), out)
         else:
             self._add_linear(u, w, out)
-        if batch:
-            for part, sign, left in ((self._matrix, -1.0, multipliers), (self._quadratic, -0.5, primal)):
-                if part is not None:
-                    right = w if part is self._matrix else u
-                    part.add_to(sign, left, u, right, primal, summed, out)
-        return out.sum(axis=0) if summed else out
+        for part, sign, left in ((self._matrix, -1.0, multipliers), (self._quadratic, -0.5, primal)):
+            if part is not None and batch:
+                arguments = (sign, left, u, w if part is self._matrix else u, primal)
+                if summed:
+                    part.add_total_to(*arguments, out[0])
+                else:
+                    part.add_to(*arguments, out)
+        return out[0] if summed else out
 
     def _add_linear(self, u: FloatArray, w: FloatArray, out: FloatArray) -> None:
         if self._linear is not None:
@@ -196,9 +242,12 @@ class Layer:
         self._dual_wanted = any(output.source == "multipliers" for output in outputs)
         self._multipliers_wanted = self._dual_wanted or any(gradient.needs_solution for gradient in self._gradients)
 
-    def solve(self, parameters: Sequence[FloatArray], options: Options, on_failure: str, warm: Any) -> Solution:
-        """Solve and raise for failing items unless ``on_failure`` is ``"nan"``."""
-        solution = self.plan.solve(parameters, replace(options, multipliers=self._multipliers_wanted), warm)
+    def solve(
+        self, parameters: Sequence[FloatArray], options: Options, on_failure: str, warm: Any,
+        batched: Sequence[bool] | None = None,
+    ) -> Solution:  # fmt: skip
+        """Solve and raise for failing items unless ``on_failure`` is ``"nan"``; arguments as in :meth:`Plan.solve`."""
+        solution = self.plan.solve(parameters, replace(options, multipliers=self._multipliers_wanted), warm, batched)
         if on_failure == "raise" and np.any(solution.status != Status.SOLVED):
             raise SolveError(failure_message(solution.status, self.conflicts(solution)), solution.status)
         return solution
@@ -315,7 +364,7 @@ class SolveFunction(torch.autograd.Function):
         """Solve; outputs are (B, *shape) in ``dtype`` on the device of the first parameter."""
         sizes = layer.plan.program.parameter_sizes
         arrays = [as_parameter(p, size, b) for p, size, b in zip(parameters, sizes, batched, strict=True)]
-        solution = layer.solve(arrays, call.options, call.on_failure, call.warm)
+        solution = layer.solve(arrays, call.options, call.on_failure, call.warm, batched)
         call.solution = solution
         if call.options.keep_face:
             ctx.layer, ctx.solution, ctx.batched = layer, solution, batched

@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from hsbackend._face_kernels import apply_inverse, box_kkt
-from hsbackend._least_norm_kernels import SEEN, factor_items, solve_items
+from hsbackend._least_norm_kernels import DEPENDENT, SEEN, factor_items, solve_items
 from hsbackend._parallel import for_each_item, gather
 from hsbackend.metric import Metric
 from hsbackend.program import FloatArray, IndexArray, QPValues
+
+Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class GramFace:
 
     Attributes:
         metric: the Hessian seen through the rows.
-        scale: (1 or B, M) scaling that makes the Gram diagonal one.
+        gram: (1 or B, M, M) Gram matrix of the rows in this metric, scaled to a unit diagonal.
+        scale: (1 or B, M) the scaling.
         working: (B, M) working set, the first ``count`` entries.
         count: (B,).
         offset: (B,) where the (count, count) inverse of an item begins in ``inverse``.
@@ -62,6 +65,7 @@ class GramFace:
     """
 
     metric: Metric
+    gram: FloatArray
     scale: FloatArray
     working: IndexArray
     count: IndexArray
@@ -88,17 +92,24 @@ class GramFace:
         if len(self.proximal):
             # (H + delta I) is what was factored: u <- solve(g + delta u) contracts by delta / (lambda + delta),
             # lambda the least curvature on the face (proximal point iteration on a fixed face).
+            # Every item stops by itself: what it takes has nothing to do with its neighbours.
             weight = self.proximal_weight[:, None]
-            previous = np.inf
+            previous = np.full(len(rhs_primal), np.inf)
+            moving = np.ones(len(rhs_primal), dtype=bool)
             for _ in range(100):
                 before = solution.primal[:, self.proximal]
                 shifted = rhs_primal.copy()
                 shifted[:, self.proximal] += weight * before
-                solution = self._solve(shifted, rhs_equalities, target)
+                found = self._solve(shifted, rhs_equalities, target)
+                solution.primal[moving] = found.primal[moving]
+                solution.rows[moving] = found.rows[moving]
+                solution.bounds[moving] = found.bounds[moving]
                 difference = np.abs(solution.primal[:, self.proximal] - before)
-                change = float(np.where(np.isfinite(difference), difference, 0.0).max(initial=0.0))
-                small = change <= 1e-14 * (1.0 + np.where(np.isfinite(before), np.abs(before), 0.0).max(initial=0.0))
-                if small or not change < 0.5 * previous:  # converged, or down to rounding
+                change = np.where(np.isfinite(difference), difference, 0.0).max(axis=1, initial=0.0)
+                size = np.where(np.isfinite(before), np.abs(before), 0.0).max(axis=1, initial=0.0)
+                # Converged, or down to rounding.
+                moving &= (change > 1e-14 * (1.0 + size)) & (change < 0.5 * previous)
+                if not moving.any():
                     break
                 previous = change
         return solution
@@ -108,12 +119,17 @@ class GramFace:
         batch, total = values.shape
         out = np.zeros((batch, total))
         width = int(self.count.max(initial=0))
-        arguments = (values, target, self.scale, self.working, self.count, self.offset, self.inverse, out)
-        for_each_item(apply_inverse, batch, float(width * width), *arguments, np.empty((batch, width)))
+        arguments = (values, target, self.gram, self.scale, self.working, self.count, self.offset, self.inverse, out)
+        for_each_item(apply_inverse, batch, float(3 * width * width), *arguments, np.empty((batch, 2, width)))
         primal, equalities = self.metric.finish(point, out, rhs_primal, rhs_equalities)
         left = self.num_rows - equalities.shape[1]
         rows = np.concatenate([equalities, out[:, :left]], axis=1)
         return KKTSolution(primal, rows, np.ascontiguousarray(out[:, left:]))
+
+    @property
+    def dependent(self) -> Mask:
+        """(B,) whether active rows were left out of the working set, beyond eliminated equalities."""
+        return np.count_nonzero(self.side, axis=1) > self.count
 
     @property
     def active_rows(self) -> IndexArray:
@@ -149,7 +165,7 @@ class BoxFace:
     row_index: IndexArray
     entries: FloatArray
     hessian: FloatArray
-    free: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    free: Mask
     bounded_at: IndexArray
     factor: FloatArray
     offset: IndexArray
@@ -171,6 +187,11 @@ class BoxFace:
         out = (u, w, w_bound, np.empty((batch, max(width, 1))))
         for_each_item(box_kkt, batch, work, *structure, *factors, rhs_primal, rhs_rows, rhs_bounds, *out)
         return KKTSolution(u, w, w_bound)
+
+    @property
+    def dependent(self) -> Mask:
+        """(B,) whether active rows depend on others and on the bounds."""
+        return np.count_nonzero(self.side_rows, axis=1) > self.count
 
     @property
     def active_rows(self) -> IndexArray:
@@ -216,6 +237,11 @@ class BlockFace:
         for part in self._parts:
             part.kkt(rhs_primal, rhs_rows, rhs_bounds, out)
         return out
+
+    @property
+    def dependent(self) -> Mask:
+        """(B,) False: the blocks see to dependent rows themselves."""
+        return np.zeros(self._shape[0], dtype=bool)
 
     @cached_property
     def _sides(self) -> tuple[IndexArray, IndexArray]:
@@ -264,6 +290,13 @@ class MixedFace:
         return whole
 
     @property
+    def dependent(self) -> Mask:
+        """(B,) whether active rows are dependent."""
+        found = self.first.dependent.copy()
+        found[self.items] = self.second.dependent
+        return found
+
+    @property
     def active_rows(self) -> IndexArray:
         """(B, m) side of the general rows in K."""
         sides = self.first.active_rows.copy()
@@ -294,6 +327,11 @@ class DenseFace:
     values: QPValues
     active_rows: IndexArray
     active_bounds: IndexArray
+
+    @property
+    def dependent(self) -> Mask:
+        """(B,) False: least squares gives the multipliers of least norm."""
+        return np.zeros(self.values.batch, dtype=bool)
 
     def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
         """Solve the KKT system of the module docstring; arguments as in :meth:`GramFace.kkt_solve`."""
@@ -345,7 +383,7 @@ class LeastNormFace:
     values: QPValues
     active_rows: IndexArray
     active_bounds: IndexArray
-    read: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    read: Mask
 
     def _factor(self, rank: float, curvature: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the problem and the factors as the kernels want them."""
@@ -375,6 +413,11 @@ class LeastNormFace:
         default = (rank, curvature) == (_RANK, _CURVATURE)
         _, (_, _, _, sizes, _, _) = self._factors if default else self._factor(rank, curvature)
         return sizes[:, SEEN]
+
+    @property
+    def dependent(self) -> Mask:
+        """(B,) whether active rows are dependent; the face gives the multipliers of least norm in any case."""
+        return self._factors[1][3][:, DEPENDENT] > 0
 
     def replaced(self, items: IndexArray) -> Face:
         """Return this face with the factors of some items made again, after their sides were changed."""

@@ -101,6 +101,9 @@ class SharedMetric:
         self.equalities = equalities
         self.rows_inverse = rows @ z
         self.rows = rows
+        self._columns: FloatArray = np.ascontiguousarray(rows.T)
+        self._range_rows: FloatArray = np.ascontiguousarray(self.range.T)
+        self._schur_rows: FloatArray = np.ascontiguousarray(self.schur.T)
         self.proximal_rows: FloatArray = np.ascontiguousarray(self.rows_inverse[:, proximal])[None]
         self.proximal_block: FloatArray = np.ascontiguousarray(z[np.ix_(proximal, proximal)])[None]
         self.gram: FloatArray = (self.rows_inverse @ rows.T)[None]
@@ -116,15 +119,15 @@ class SharedMetric:
         if not self.inconsistency.size:
             return np.zeros(rhs_equalities.shape[0])
         scaled = rhs_equalities * self._row_scale
-        gap = np.abs(scaled @ self.inconsistency.T).max(axis=1)
+        gap = np.abs(matmul(scaled, self.inconsistency)).max(axis=1)  # a projector is symmetric
         return gap / (1.0 + np.abs(scaled).max(axis=1))
 
     def free(self, rhs_primal: FloatArray, rhs_equalities: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the minimiser under the equalities alone (B, n) and its row values (B, M)."""
         point = matmul(rhs_primal, self.inverse)
         if self.equalities.shape[0]:
-            point += matmul(rhs_equalities, np.ascontiguousarray(self.range.T))
-        return point, matmul(point, np.ascontiguousarray(self.rows.T))
+            point += matmul(rhs_equalities, self._range_rows)
+        return point, matmul(point, self._columns)
 
     def finish(
         self, point: FloatArray, multipliers: FloatArray, rhs_primal: FloatArray, rhs_equalities: FloatArray
@@ -135,7 +138,7 @@ class SharedMetric:
             return primal, np.zeros((point.shape[0], 0))
         pushed = rhs_primal - matmul(multipliers, self.rows)
         dual = matmul(pushed, self.range)
-        dual += matmul(rhs_equalities, np.ascontiguousarray(self.schur.T))
+        dual += matmul(rhs_equalities, self._schur_rows)
         return primal, dual
 
 

@@ -7,19 +7,20 @@ system (:mod:`hsbackend.face`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from hsbackend import reduce, structure
+from hsbackend import certificates, reduce, structure
 from hsbackend.batched import matvec, vecmat, weighted_gram
 from hsbackend.face import Face, GramFace, MixedFace
 from hsbackend.program import FloatArray, IndexArray, Program, QPValues, as_slice
 from hsbackend.route import DENSE_LIMIT, Route, SolverName, choose, describe
-from hsbackend.solvers import active_set, blocks, reference, semidefinite, semismooth_newton
+from hsbackend.solvers import active_set, blocks, least_norm, reference, semidefinite, semismooth_newton
 from hsbackend.solvers._places import Limits, Structure
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
@@ -48,6 +49,21 @@ class Solution:
     face: Face | None
     non_unique: NDArray[np.bool_]
     presolved: _Presolved = field(repr=False)
+    certify: Callable[[int, Status], FloatArray | None] = field(repr=False)
+
+    @cached_property
+    def certificates(self) -> dict[int, FloatArray]:
+        """Why items have no solution, found when asked for (:mod:`hsbackend.certificates`).
+
+        For an INFEASIBLE item (m,) multipliers on the rows of the program, for an UNBOUNDED one (n,) a ray in its
+        variables. Items without an entry have another status, or no certificate that passes the check.
+        """
+        found: dict[int, FloatArray] = {}
+        for item in np.flatnonzero(np.isin(self.status, [Status.INFEASIBLE, Status.UNBOUNDED])):
+            certificate = self.certify(int(item), Status(int(self.status[item])))
+            if certificate is not None:
+                found[int(item)] = certificate
+        return found
 
 
 #: Right-hand sides of the KKT system at every level of the presolve; None stands for zeros.
@@ -132,6 +148,11 @@ class Plan:
                 reduced.quadratic.constant and self._varying.definitions.constant and self._varying.curvature.constant
             )
         self._constant_rows = self._rows.constant
+        matrices = [reduced.quadratic.values, self._rows.values]
+        if self._varying is not None:
+            matrices += [self._varying.definitions.values, self._varying.curvature]
+        #: Parameters that enter the Hessian or the rows.
+        self._matrix_parameters = frozenset(index for part in matrices for index in part.blocks)
         self._gram: active_set.GramSetup | None = None
         self._semidefinite = self.route.polyhedral and bool(np.any(self._seen[self._proximal]))
         self._flat = self._proximal
@@ -287,13 +308,24 @@ class Plan:
             return np.ascontiguousarray(diagonal)
         return weighted_gram(definitions, curvature, base)
 
-    def solve(self, parameters: Sequence[FloatArray], options: Options, warm: Face | None = None) -> Solution:
+    def _given_once(self, batched: Sequence[bool]) -> bool:
+        """Whether one Hessian and one set of rows were given for all items; nothing batched is an item alone."""
+        return not self._matrix_parameters or (
+            any(batched) and not any(batched[index] for index in self._matrix_parameters)
+        )
+
+    def solve(
+        self, parameters: Sequence[FloatArray], options: Options, warm: Face | None = None,
+        batched: Sequence[bool] | None = None,
+    ) -> Solution:  # fmt: skip
         """Solve for a batch of parameter values.
 
         Args:
             parameters: one contiguous float64 (B, size) or (1, size) array per parameter.
             options: accuracy and what to keep.
             warm: face of an earlier solution; used when its batch and kind fit, ignored otherwise.
+            batched: which parameters are given per item, by default all with B rows. In a batch of one only the caller
+                can tell; the item has the bits it has in a larger batch when it is the same parameters.
         """
         batch = max((values.shape[0] for values in parameters), default=1)
         program = self.program
@@ -316,10 +348,13 @@ class Plan:
         values = QPValues(
             hessian, primal_side, rows, self._reduced.num_equalities,
             np.ascontiguousarray(row_side[:, self._kept_rows]), self._bounds.variables, lower, upper, self._proximal,
+            self._given_once([len(each) == batch and (not batched or batched[i]) for i, each in enumerate(parameters)]),
         )  # fmt: skip
         result = self._run(values, options, warm)
         if not self._semidefinite:
             result = self._run_again(values, options, result)
+        if self.route.solver != "reference":
+            result = least_norm.refine(values, options, result)
         presolved = _Presolved(definitions, curvature, lower_slot, upper_slot)
         conflicts = self._conflicts(result, presolved)
         for item in np.flatnonzero(crossing.any(axis=1)):
@@ -346,7 +381,20 @@ class Plan:
         non_unique = np.zeros(batch, dtype=bool)
         if result.non_unique is not None:
             non_unique = result.non_unique & (result.status == Status.SOLVED)
-        return Solution(primal, multipliers, result.status, conflicts, result.steps, result.face, non_unique, presolved)
+        return Solution(
+            primal, multipliers, result.status, conflicts, result.steps, result.face, non_unique, presolved,
+            partial(self._certify, tuple(parameters)),
+        )  # fmt: skip
+
+    def _certify(self, parameters: Sequence[FloatArray], item: int, status: Status) -> FloatArray | None:
+        """Find a certificate of one item from the data of the whole program."""
+        own = [values[item if len(values) > 1 else 0][None] for values in parameters]
+        program = self.program
+        matrix, rhs = program.matrix.dense(own)[0], program.rhs.evaluate(own, 1)[0]
+        if status == Status.INFEASIBLE:
+            return certificates.farkas(matrix, rhs, program.num_equalities)
+        quadratic, linear = program.quadratic.dense(own)[0], program.linear.evaluate(own, 1)[0]
+        return certificates.ray(quadratic, linear, matrix, rhs, program.num_equalities)
 
     def _limits(self, row_side: FloatArray) -> tuple[FloatArray, FloatArray, IndexArray, IndexArray, NDArray[np.bool_]]:
         """Return lower and upper limits (B, nb), the candidates that set them, and where they cross for good."""

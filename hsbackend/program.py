@@ -157,6 +157,10 @@ class AffineMap:
             block = csc[:, begin:end]
             if block.nnz:
                 self.blocks[index] = SparseOperator.build(block)
+        touched = np.zeros(self.size, dtype=np.int64)
+        for block in self.blocks.values():
+            touched[block.targets] += 1
+        self._summed = bool(np.any(touched > 1))  # some value depends on several parameters
         if len(self.blocks) == 1 and not self.offset.any():
             ((index, block),) = self.blocks.items()
             same = block.shape == (self.size, self.size) and len(block.data) == self.size and np.all(block.data == 1.0)
@@ -196,17 +200,20 @@ class AffineMap:
             return parameters[self.identity]
         rows = batch or max((parameters[index].shape[0] for index in self.blocks), default=1)
         shared = self.offset[None].copy()
-        for index, block in self.blocks.items():
+        left = list(self.blocks)
+        for index in self.blocks:
             if parameters[index].shape[0] == 1:
-                block.add_to(parameters[index], shared)
+                self.blocks[index].add_to(parameters[index], shared)
+                left.remove(index)
+            elif self._summed:  # a sum has the order of the parameters, whichever of them are batched
+                break
         if rows == 1:
-            out = shared
-        else:
-            out = np.empty((rows, self.size))
-            out[:] = shared
-        for index, block in self.blocks.items():
-            if parameters[index].shape[0] > 1:
-                block.add_to(parameters[index], out)
+            return shared
+        out = np.empty((rows, self.size))
+        out[:] = shared
+        for index in left:
+            source = parameters[index]
+            self.blocks[index].add_to(source if source.shape[0] == rows else np.repeat(source, rows, axis=0), out)
         return out
 
 
@@ -316,6 +323,9 @@ class QPValues:
         lower: (B, nb), may hold -inf.
         upper: (B, nb), may hold inf.
         proximal: (ns,) auxiliary variables without curvature, solved by proximal steps.
+        given_once: whether the hessian and the rows were given once for all items, so that one factorisation serves
+            them all. A batch of one has a leading dimension of 1 either way, and an item alone must be solved like the
+            same item in a batch. None where a leading dimension of 1 has that one meaning.
     """
 
     hessian: FloatArray
@@ -327,6 +337,12 @@ class QPValues:
     lower: FloatArray
     upper: FloatArray
     proximal: IndexArray
+    given_once: bool | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether one factorisation serves all items; the answers of a solver may depend on it by rounding."""
+        return self.hessian.shape[0] == 1 and self.rows.shape[0] == 1 and self.given_once is not False
 
     @property
     def batch(self) -> int:
@@ -359,4 +375,5 @@ class QPValues:
             np.ascontiguousarray(self.lower[items]),
             np.ascontiguousarray(self.upper[items]),
             self.proximal,
+            self.shared,
         )

@@ -349,7 +349,7 @@ def choose_face(
 ):
     """Turn the final working set into the index set K of the HS-Jacobian; return its size.
 
-    ``support`` False: add every row at a limit (K = I(x), independent ones; the others change nothing).
+    ``support`` False: add every row at a limit (K = I(x)); dependent ones get a side, but no place in the working set.
     ``support`` True: keep the equalities and the rows with a non-zero multiplier (K = supp(z)).
     """
     m = values.shape[0]
@@ -368,15 +368,15 @@ def choose_face(
                 i += 1
     for p in range(n_eq, m):
         # Limits that coincide leave no room: such a row is in K whatever its multiplier.
-        if side[p] == 0 and (not support or lower[p] == upper[p]):
+        if (side[p] == 0 or side[p] == 2) and (not support or lower[p] == upper[p]):
             at_upper = upper[p] < np.inf and upper[p] - values[p] <= active_tolerance * (1.0 + abs(upper[p]))
             at_lower = lower[p] > -np.inf and values[p] - lower[p] <= active_tolerance * (1.0 + abs(lower[p]))
             if at_upper or at_lower:
+                side[p] = 1 if at_upper else -1
                 pivot = outside_part(gram, inverse, working, k, rank, p, r, scratch)
                 if pivot > _WEAKLY_DEPENDENT:
                     border(inverse, k, r, pivot)
                     working[k] = p
-                    side[p] = 1 if at_upper else -1
                     k += 1
     return k
 
@@ -544,5 +544,7 @@ def solve_items(
         for i in range(k):
             working[b, i] = work[i]
         for i in range(m):
-            side[b, i] = where[i] if where[i] != 2 else 0
+            side[b, i] = where[i] if where[i] != 2 else 0  # 2: dependent and consistent
+            if i < n_eq and side[b, i] == 0:
+                side[b, i] = 1  # in K whatever the working set says of it
     return store[:used].copy()

@@ -79,7 +79,7 @@ def solve(
     Args:
         values: the problems.
         options: tolerances and what to keep.
-        setup: factored constant data; made here when ``hessian`` and ``rows`` are shared and none is given.
+        setup: factored constant data, for ``values.shared``; made here when none is given.
         warm: face of an earlier solution of the same structure and batch; its working sets are the first guess.
         weight: of the proximal term, relative to the largest curvature; a given ``setup`` has its own.
 
@@ -89,7 +89,7 @@ def solve(
     """
     batch, n = values.batch, values.num_variables
     m, n_eq = values.rows.shape[1], values.num_equalities
-    shared = values.hessian.shape[0] == 1 and values.rows.shape[0] == 1
+    shared = values.shared
     status = np.zeros(batch, dtype=np.int8)
     metric: Metric
     if shared:
@@ -162,7 +162,7 @@ def solve(
     if options.keep_face:
         inverse = gather(stores, offset)
         face = GramFace(
-            metric, scale, working, count, offset, inverse, side, n_eq, m, values.proximal, weights
+            metric, gram, scale, working, count, offset, inverse, side, n_eq, m, values.proximal, weights
         )  # fmt: skip
     return Result(primal, rows, np.ascontiguousarray(multipliers[:, left:]), status, steps, face)
 

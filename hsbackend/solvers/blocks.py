@@ -15,7 +15,7 @@ import numpy as np
 from hsbackend.face import BlockFace, FacePart, KKTSolution
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.route import newton_wins
-from hsbackend.solvers import active_set, semismooth_newton
+from hsbackend.solvers import active_set, least_norm, semismooth_newton
 from hsbackend.solvers._places import Columns, Structure, merge_status
 from hsbackend.solvers.family_blocks import BudgetBlocks, L1Blocks, MonotoneBlocks, TransportBlocks
 from hsbackend.solvers.result import Options, Result
@@ -100,6 +100,7 @@ class _General:
             found = semismooth_newton.solve(own, options, self.newton, False, gram)
         else:
             found = active_set.verify(own, options, active_set.solve(own, options, gram()))
+        found = least_norm.refine(own, options, found)
         count = self.columns.count
         merge_status(found.status, result)
         at = self._bounded_at.ravel()

@@ -1,4 +1,4 @@
-"""The face of a singular Hessian: its compiled factorisation against the formula, written with dense pseudo-inverses."""
+"""The face of a singular Hessian: its compiled factorisation against the formula with dense pseudo-inverses."""
 
 from __future__ import annotations
 

@@ -1,0 +1,126 @@
+"""Multipliers of least norm where active rows are dependent.
+
+At a solution x with active rows N_I (equalities and bounds among them) the multipliers form the polyhedron
+
+    { w :  N_I'w = a - H x,   w_i >= 0 on inequalities },
+
+one point exactly when the rows are independent. Otherwise the solvers end at some vertex of it, which depends on the
+way they took; this module replaces that vertex by the point of least norm, which depends on the data alone, and the
+face by one whose multipliers are of least norm as well. The point and the primal part of the face stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from hsbackend.batched import vecmat
+from hsbackend.face import KKTSolution, LeastNormFace, Mask, MixedFace
+from hsbackend.program import FloatArray, QPValues
+from hsbackend.solvers import active_set
+from hsbackend.solvers.result import Options, Result
+from hsbackend.status import Status
+
+#: Multipliers of the wrong sign up to this, relative to the largest, are rounding.
+_NEGATIVE = 1e-11
+#: Largest accepted change of ``N'w``, relative to its terms.
+_RESIDUAL = 1e-12
+
+
+def refine(values: QPValues, options: Options, result: Result) -> Result:
+    """Choose the multipliers of least norm in the items whose active rows are dependent.
+
+    Args:
+        values: the problems.
+        options: which rows belong to the face.
+        result: the solver's; its arrays are overwritten in those items.
+
+    Returns:
+        The result with a face that knows about the dependence; unchanged without a face.
+    """
+    if result.face is None:
+        return result
+    items = np.flatnonzero(result.face.dependent & (result.status == Status.SOLVED)).astype(np.int64)
+    if not len(items):
+        return result
+    part = values.take(items)
+    face = LeastNormFace(part, result.face.active_rows[items], result.face.active_bounds[items], _every(part))
+    change = _change(part, face, result.rows[items], result.bounds[items])
+    # What a solver calls dependent may be only nearly so: then its vertex is the only point.
+    keep = np.flatnonzero(face.dependent & (change <= _RESIDUAL))
+    if len(keep) < len(items):
+        items, part = items[keep], part.take(keep)
+        face = LeastNormFace(part, face.active_rows[keep], face.active_bounds[keep], face.read)
+    if not len(items):
+        return result
+    found = _unsigned(part, face)
+    equality = np.arange(values.rhs_rows.shape[1]) < values.num_equalities
+    fixed = part.lower == part.upper
+    pushing = np.concatenate(
+        [np.where(equality, 0.0, found.rows), np.where(fixed, 0.0, found.bounds * face.active_bounds)], axis=1
+    )
+    signed = pushing.min(axis=1, initial=0.0) >= -_NEGATIVE * np.abs(pushing).max(axis=1, initial=0.0)
+    free = np.flatnonzero(signed)
+    result.rows[items[free]] = np.where(equality | (found.rows > 0.0), found.rows, 0.0)[free]
+    result.bounds[items[free]] = np.where(fixed | (found.bounds * face.active_bounds > 0.0), found.bounds, 0.0)[free]
+    for b in np.flatnonzero(~signed):
+        _project(part, options, int(b), face, found, result, int(items[b]))
+    kept = face if len(items) == values.batch else MixedFace(result.face, face, items)
+    return replace(result, face=kept)
+
+
+def _every(values: QPValues) -> Mask:
+    return np.ones(values.num_variables, dtype=bool)
+
+
+def _unsigned(values: QPValues, face: LeastNormFace) -> KKTSolution:
+    """Solve for the multipliers of least norm, of any sign."""
+    sides = face.active_bounds
+    limits = np.where(sides > 0, values.upper, np.where(sides < 0, values.lower, 0.0))
+    return face.kkt_solve(values.rhs_primal, np.where(face.active_rows != 0, values.rhs_rows, 0.0), limits)
+
+
+def _change(values: QPValues, face: LeastNormFace, rows: FloatArray, bounds: FloatArray) -> FloatArray:
+    """Return (B,) how much the multipliers of least norm change ``N'w``, relative to its terms."""
+    found = _unsigned(values, face)
+    before, after = (_pull(values, *pair) for pair in ((rows, bounds), (found.rows, found.bounds)))
+    size = np.abs(_pull(replace(values, rows=np.abs(values.rows)), np.abs(rows), np.abs(bounds)))
+    change = np.abs(after - before).max(axis=1, initial=0.0)
+    return change / np.maximum(size.max(axis=1, initial=0.0), np.finfo(np.float64).tiny)
+
+
+def _pull(values: QPValues, rows: FloatArray, bounds: FloatArray) -> FloatArray:
+    """Return ``N'w`` (B, n), bounds included."""
+    pulled = vecmat(rows, values.rows)
+    pulled[:, values.bounded] += bounds
+    return pulled
+
+
+def _project(
+    part: QPValues, options: Options, b: int, face: LeastNormFace, start: KKTSolution, result: Result, item: int
+) -> None:
+    """Find the multipliers of least norm of one item among those of the right sign; leave them if that fails."""
+    at, bound_at = np.flatnonzero(face.active_rows[b]), np.flatnonzero(face.active_bounds[b])
+    n = part.num_variables
+    normals = np.zeros((len(at) + len(bound_at), n))
+    normals[: len(at)] = part.rows[b if part.rows.shape[0] > 1 else 0][at]
+    side = face.active_bounds[b, bound_at].astype(np.float64)
+    normals[np.arange(len(at), len(normals)), part.bounded[bound_at]] = side
+    target = normals.T @ np.concatenate([start.rows[b, at], start.bounds[b, bound_at] * side])
+    signed = np.concatenate([at >= part.num_equalities, part.lower[b, bound_at] != part.upper[b, bound_at]])
+    restricted = np.flatnonzero(signed).astype(np.int64)
+    problem = QPValues(
+        np.ones((1, len(normals))), np.zeros((1, len(normals))), np.ascontiguousarray(normals.T)[None], n, target[None],
+        restricted, np.zeros((1, len(restricted))), np.full((1, len(restricted)), np.inf), np.zeros(0, dtype=np.int64),
+    )  # fmt: skip
+    settings = replace(options, keep_face=True, jacobian="active")
+    found = active_set.verify(problem, settings, active_set.solve(problem, settings))
+    if found.status[0] != Status.SOLVED or found.face is None:
+        return
+    w = found.primal[0]
+    w[restricted] = np.where(found.face.active_bounds[0] != 0, 0.0, np.maximum(w[restricted], 0.0))
+    result.rows[item] = 0.0
+    result.bounds[item] = 0.0
+    result.rows[item, at] = w[: len(at)]
+    result.bounds[item, bound_at] = w[len(at) :] * side
