@@ -1,7 +1,8 @@
 # pyright: reportMissingParameterType=false
 """Compiled null-space method on a face with a singular Hessian: factor once, solve often.
 
-One item, with F the free variables, X those at an active bound, and the active rows scaled to unit norm:
+One item in units D that balance its columns (powers of two), with F the free variables, X those at an active bound, and
+the active rows scaled to unit norm:
 
     N_F = L [Q1' ; 0]                      Householder, the row of largest remainder first; r rows are independent
     Z'H_FF Z = C'C                         Cholesky of rank s, largest pivot first, Z the last d = |F| - r columns of Q
@@ -21,6 +22,8 @@ from hsbackend._parallel import compile_kernel, inline_kernel
 
 #: Columns of ``sizes``: |F|, active rows k, r (-1 for invalid data), s, null directions that move what is read, e.
 FREE, ROWS, RANK, CURVED, SEEN, DEPENDENT = 0, 1, 2, 3, 4, 5
+#: Ratio of the units of two columns up to which they are left as they are.
+_BALANCED = 32.0
 
 
 @inline_kernel
@@ -111,10 +114,49 @@ def _factor_curvature(M, d, tolerance, pivots):
     return d
 
 
+@inline_kernel
+def _balance(H, diagonal, N, order, k, units):
+    """Set ``units`` (n,) so that columns of ``[DHD, DN'; ND, 0]`` with rows of N balanced have entries of like size.
+
+    Ruiz (2001), three rounds, as powers of two; one where the data are balanced already.
+    """
+    n = units.shape[0]
+    column, row = np.empty(n), np.ones(k)
+    for j in range(n):
+        units[j] = 1.0
+    for _ in range(3):
+        for i in range(k):
+            size = 0.0
+            values = N[order[i]]
+            for j in range(n):
+                size = max(size, abs(values[j]) * units[j])
+            row[i] = 1.0 / size if size > 0.0 else 0.0
+        for j in range(n):
+            column[j] = abs(H[0, j]) * units[j] if diagonal else 0.0
+        if not diagonal:
+            for i in range(n):
+                values = H[i]
+                for j in range(n):
+                    column[j] = max(column[j], abs(values[j]) * units[i])
+        for i in range(k):
+            values = N[order[i]]
+            for j in range(n):
+                column[j] = max(column[j], abs(values[j]) * row[i])
+        for j in range(n):
+            column[j] *= units[j]
+            if column[j] > 0.0:
+                units[j] /= np.sqrt(column[j])
+    largest, smallest = 0.0, np.inf
+    for j in range(n):
+        largest, smallest = max(largest, units[j]), min(smallest, units[j])
+    for j in range(n):
+        units[j] = 2.0 ** np.rint(np.log2(units[j] / largest)) if largest > _BALANCED * smallest else 1.0
+
+
 @compile_kernel
 def factor_items(
     start, stop, step, hessian, diagonal, rows, bounded, side_rows, side_bounds, read, rank_tolerance,
-    curvature_tolerance, seen_tolerance, order, length, pivots, sizes, offset,
+    curvature_tolerance, seen_tolerance, units, order, length, pivots, sizes, offset,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Factor the faces of the items; returns the storage of this worker, item b from ``offset[b]`` on.
 
@@ -140,11 +182,8 @@ def factor_items(
                 free[nf] = j
                 nf += 1
         valid = True
-        largest = 0.0
         for j in range(n):
-            curvature = H[0, j] if diagonal else H[j, j]
-            largest = max(largest, abs(curvature))
-            valid &= np.isfinite(curvature)
+            valid &= np.isfinite(H[0, j] if diagonal else H[j, j])
         if not diagonal:
             for i in range(n):
                 for j in range(n):
@@ -162,18 +201,23 @@ def factor_items(
         sizes[b, FREE], sizes[b, ROWS], sizes[b, RANK] = nf, k, -1
         if not valid:
             continue
+        D = units[b]
+        _balance(H, diagonal, N, order[b], k, D)
+        largest = 0.0
+        for j in range(n):
+            largest = max(largest, abs(H[0, j] if diagonal else H[j, j]) * D[j] * D[j])
         A = np.empty((k, nf))
         for i in range(k):
             row = N[order[b, i]]
             scale = 0.0
             for j in range(n):
-                scale = max(scale, abs(row[j]))
+                scale = max(scale, abs(row[j]) * D[j])
             total = 0.0
             for j in range(n):
-                total += (row[j] / scale) ** 2
+                total += (row[j] * D[j] / scale) ** 2
             length[b, i] = scale * np.sqrt(total)
             for j in range(nf):
-                A[i, j] = row[free[j]] / length[b, i]
+                A[i, j] = row[free[j]] * D[free[j]] / length[b, i]
         Qt = np.empty((nf, nf))
         rank = _factor_rows(A, k, nf, rank_tolerance, order[b], length[b], Qt)
 
@@ -187,15 +231,18 @@ def factor_items(
                 z, t = Qt[rank + i], T[i]
                 if diagonal:
                     for j in range(nf):
-                        t[j] = z[j] * H[0, free[j]]
+                        t[j] = z[j] * H[0, free[j]] * D[free[j]]
                 elif nf == n:
                     for j in range(nf):
-                        axpy(z[j], H[j], t, nf)
+                        axpy(z[j] * D[j], H[j], t, nf)
                 else:
                     for j in range(nf):
                         h = H[free[j]]
+                        weight = z[j] * D[free[j]]
                         for l in range(nf):
-                            t[l] += z[j] * h[free[l]]
+                            t[l] += weight * h[free[l]]
+                for j in range(nf):
+                    t[j] *= D[free[j]]
             for i in range(d):
                 for j in range(i + 1):
                     C[i, j] = dot(T[i], Qt[rank + j], nf)
@@ -224,15 +271,15 @@ def factor_items(
         if none > 0:
             every = True
             for j in range(nf):
-                every &= read[free[j]]
+                every &= read[free[j]] and D[free[j]] == 1.0
             if every:
                 seen = none
             else:
                 masked = null.copy()
                 for j in range(nf):
-                    if not read[free[j]]:
-                        for i in range(none):
-                            masked[i, j] = 0.0
+                    weight = D[free[j]] if read[free[j]] else 0.0
+                    for i in range(none):
+                        masked[i, j] *= weight
                 # Where a direction moves nothing that is read, it is the whole norm that decides.
                 left, singular, right = np.linalg.svd(masked, full_matrices=False)
                 for c in range(none):
@@ -244,7 +291,7 @@ def factor_items(
                     if singular[i] > seen_tolerance:
                         for j in range(nf):
                             moves[i, j] /= singular[i]
-                            sees[i, j] = right[i, j]
+                            sees[i, j] = right[i, j] * (D[free[j]] if read[free[j]] else 0.0)
                         seen += 1
                     else:
                         sees[i] = moves[i]
@@ -312,8 +359,8 @@ def _without(E, count, wide, w):
 
 @compile_kernel
 def solve_items(
-    start, stop, step, hessian, diagonal, rows, bounded, side_bounds, order, length, pivots, sizes, offset, store,
-    rhs_primal, rhs_rows, rhs_bounds, u, w, w_bounds,
+    start, stop, step, hessian, diagonal, rows, bounded, side_bounds, units, order, length, pivots, sizes, offset,
+    store, rhs_primal, rhs_rows, rhs_bounds, u, w, w_bounds,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Solve the KKT systems of the items on their faces, with one step of refinement; entries outside K are zero."""
     n = rows.shape[2]
@@ -334,6 +381,7 @@ def solve_items(
         for i in range(bounded.shape[0]):
             if side_bounds[b, i] != 0:
                 position[bounded[i]] = i
+        D = units[b]
         nf = nx = 0
         for j in range(n):
             if position[j] < 0:
@@ -390,13 +438,13 @@ def solve_items(
             for i in range(rank):
                 axpy(y[i], Qt[i], pull, nf)
             for j in range(nf):
-                x[free[j]] = pull[j]
+                x[free[j]] = pull[j] * D[free[j]]
 
             # The move along the face to where it is stationary, and to the selected optimum.
             for i in range(n):
                 product[i] = H[0, i] * x[i] if diagonal else dot(H[i], x, n)
             for j in range(nf):
-                pull[j] = g[free[j]] - product[free[j]]
+                pull[j] = (g[free[j]] - product[free[j]]) * D[free[j]]
             for i in range(none):
                 axpy(-dot(moves[i], pull, nf), sees[i], pull, nf)
             for i in range(curved):
@@ -411,19 +459,19 @@ def solve_items(
                     total -= C[i, j] * y[j]
                 y[i] = total / C[i, i]
             for j in range(nf):
-                pull[j] = x[free[j]]
+                pull[j] = x[free[j]] / D[free[j]]
             for i in range(curved):
                 axpy(y[i], Qt[rank + pivots[b, i]], pull, nf)
             for i in range(none):
                 axpy(-dot(sees[i], pull, nf), moves[i], pull, nf)
             for j in range(nf):
-                x[free[j]] = pull[j]
+                x[free[j]] = pull[j] * D[free[j]]
 
             # Multipliers from what is left of the gradient.
             for i in range(n):
                 product[i] = g[i] - (H[0, i] * x[i] if diagonal else dot(H[i], x, n))
             for j in range(nf):
-                pull[j] = product[free[j]]
+                pull[j] = product[free[j]] * D[free[j]]
             for i in range(none):
                 axpy(-dot(moves[i], pull, nf), sees[i], pull, nf)
             for i in range(rank):

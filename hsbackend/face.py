@@ -391,13 +391,13 @@ class LeastNormFace:
         batch, n, m = values.batch, values.num_variables, values.rows.shape[1]
         hessian = values.hessian[:, None, :] if values.diagonal else values.hessian
         problem = (hessian, values.diagonal, values.rows, values.bounded)
-        order, length = np.zeros((batch, m), dtype=np.int64), np.zeros((batch, m))
+        units, order, length = np.ones((batch, n)), np.zeros((batch, m), dtype=np.int64), np.zeros((batch, m))
         pivots, sizes = np.zeros((batch, n), dtype=np.int64), np.zeros((batch, 6), dtype=np.int64)
         offset = np.zeros(batch, dtype=np.int64)
         sides = (self.active_rows, self.active_bounds, self.read, rank, curvature, _SEEN)
-        arguments = (*problem, *sides, order, length, pivots, sizes, offset)
+        arguments = (*problem, *sides, units, order, length, pivots, sizes, offset)
         stores = for_each_item(factor_items, batch, float(2 * n * n * (n + m)), *arguments)
-        return problem, (order, length, pivots, sizes, offset, gather(stores, offset))
+        return problem, (units, order, length, pivots, sizes, offset, gather(stores, offset))
 
     @cached_property
     def _factors(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -411,13 +411,13 @@ class LeastNormFace:
             curvature: below which a direction counts as flat, relative to the largest.
         """
         default = (rank, curvature) == (_RANK, _CURVATURE)
-        _, (_, _, _, sizes, _, _) = self._factors if default else self._factor(rank, curvature)
+        _, (*_, sizes, _, _) = self._factors if default else self._factor(rank, curvature)
         return sizes[:, SEEN]
 
     @property
     def dependent(self) -> Mask:
         """(B,) whether active rows are dependent; the face gives the multipliers of least norm in any case."""
-        return self._factors[1][3][:, DEPENDENT] > 0
+        return self._factors[1][4][:, DEPENDENT] > 0
 
     def replaced(self, items: IndexArray) -> Face:
         """Return this face with the factors of some items made again, after their sides were changed."""

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from hsbackend import certificates, reduce, structure
 from hsbackend.batched import matvec, vecmat, weighted_gram
-from hsbackend.face import Face, GramFace, MixedFace
+from hsbackend.face import Face, MixedFace
 from hsbackend.program import FloatArray, IndexArray, Program, QPValues, as_slice
 from hsbackend.route import DENSE_LIMIT, Route, SolverName, choose, describe
 from hsbackend.solvers import active_set, blocks, least_norm, reference, semidefinite, semismooth_newton
 from hsbackend.solvers._places import Limits, Structure
 from hsbackend.solvers.result import Options, Result
+from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
 
@@ -39,6 +40,7 @@ class Solution:
         steps: (B,) iterations of the solver.
         face: None when no derivative was asked for.
         non_unique: (B,) whether the item has other optima; the one of least norm is returned (docs/theory.md).
+        warm: what the next solve may start from, if ``options.keep_warm``.
     """
 
     primal: FloatArray
@@ -50,6 +52,7 @@ class Solution:
     non_unique: NDArray[np.bool_]
     presolved: _Presolved = field(repr=False)
     certify: Callable[[int, Status], FloatArray | None] = field(repr=False)
+    warm: WarmStart | None = field(repr=False, default=None)
 
     @cached_property
     def certificates(self) -> dict[int, FloatArray]:
@@ -315,7 +318,7 @@ class Plan:
         )
 
     def solve(
-        self, parameters: Sequence[FloatArray], options: Options, warm: Face | None = None,
+        self, parameters: Sequence[FloatArray], options: Options, warm: WarmStart | None = None,
         batched: Sequence[bool] | None = None,
     ) -> Solution:  # fmt: skip
         """Solve for a batch of parameter values.
@@ -323,7 +326,7 @@ class Plan:
         Args:
             parameters: one contiguous float64 (B, size) or (1, size) array per parameter.
             options: accuracy and what to keep.
-            warm: face of an earlier solution; used when its batch and kind fit, ignored otherwise.
+            warm: what an earlier solution left; ignored where its structure does not fit.
             batched: which parameters are given per item, by default all with B rows. In a batch of one only the caller
                 can tell; the item has the bits it has in a larger batch when it is the same parameters.
         """
@@ -355,6 +358,7 @@ class Plan:
             result = self._run_again(values, options, result)
         if self.route.solver != "reference":
             result = least_norm.refine(values, options, result)
+        warm = WarmStart.of(values, result) if options.keep_warm else None
         presolved = _Presolved(definitions, curvature, lower_slot, upper_slot)
         conflicts = self._conflicts(result, presolved)
         for item in np.flatnonzero(crossing.any(axis=1)):
@@ -383,7 +387,7 @@ class Plan:
             non_unique = result.non_unique & (result.status == Status.SOLVED)
         return Solution(
             primal, multipliers, result.status, conflicts, result.steps, result.face, non_unique, presolved,
-            partial(self._certify, tuple(parameters)),
+            partial(self._certify, tuple(parameters)), warm,
         )  # fmt: skip
 
     def _certify(self, parameters: Sequence[FloatArray], item: int, status: Status) -> FloatArray | None:
@@ -414,17 +418,17 @@ class Plan:
             crossing &= ~(gap <= 1e-9 * (1.0 + np.abs(middle)))
         return lower, upper, lower_slot, upper_slot, crossing
 
-    def _run(self, values: QPValues, options: Options, warm: Face | None) -> Result:
+    def _run(self, values: QPValues, options: Options, warm: WarmStart | None) -> Result:
         if self.route.solver == "reference":
             return reference.solve(values, options)
+        start = None if warm is None else warm.match(values)
         if self._semidefinite:
-            return semidefinite.solve(values, options, self._seen, self._semidefinite_setup)
+            return semidefinite.solve(values, options, self._seen, self._semidefinite_setup, start)
         if self._blocks is not None:
             return blocks.solve(values, options, self._blocks, self._gram_setup)
         if self._newton is not None:
-            return semismooth_newton.solve(values, options, self._newton, self._constant_rows, self._gram_setup)
-        guess = warm if isinstance(warm, GramFace) and warm.side.shape[0] == values.batch else None
-        result = active_set.solve(values, options, self._gram_setup(), guess)
+            return semismooth_newton.solve(values, options, self._newton, self._constant_rows, self._gram_setup, start)
+        result = active_set.solve(values, options, self._gram_setup(), start)
         return active_set.verify(values, options, result)
 
     def _run_again(self, values: QPValues, options: Options, result: Result) -> Result:

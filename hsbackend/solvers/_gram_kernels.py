@@ -399,7 +399,7 @@ def normalise(start, stop, step, gram, scale):  # type: ignore[no-untyped-def]
 @compile_kernel
 def solve_items(
     start, stop, step, gram, scale, base, lower, upper, n_eq, rank, tolerance, max_steps, support, active_tolerance,
-    keep, prox_weight, prox_rows, prox_block, prox_origin, prox_point, warm, warm_side,
+    keep, prox_weight, prox_rows, prox_block, prox_origin, prox_point, warm, warm_side, warm_point,
     status, multipliers, steps, working, side, count, offset,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Solve items; return the flat storage of the inverses of this worker's items."""
@@ -454,7 +454,7 @@ def solve_items(
                         where[p] = 1 if (warm_side[b, p] > 0 or p < n_eq) else -1
                         k += 1
         for i in range(ns):
-            prox_point[b, i] = 0.0
+            prox_point[b, i] = warm_point[b, i] if warm else 0.0
         total = 0
         previous = np.inf
         outcome = _NOT_CONVERGED

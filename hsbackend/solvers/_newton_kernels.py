@@ -125,7 +125,8 @@ def newton_items(
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Solve items; return the flat storage of the Cholesky factors of this worker's faces.
 
-    ``lower``, ``upper`` are (B, n) with infinities; ``side`` (B, n) gets 1 at the upper, -1 at the lower bound.
+    ``lower``, ``upper`` are (B, n) with infinities; ``side`` (B, n) gets 1 at the upper, -1 at the lower bound;
+    ``multipliers`` holds the first guess.
     """
     n = linear.shape[1]
     m = rhs.shape[1]
@@ -188,6 +189,8 @@ def newton_items(
         size = 1.0
         for i in range(m):
             size = max(size, abs(rhs[b, i]) * scale[i])
+            guess = multipliers[b, i] / scale[i]
+            mu[i] = guess if i < n_eq else max(guess, 0.0)
 
         outcome = _NOT_CONVERGED
         _primal(columns, row_index, value, scale, h, a, low, high, mu, x)

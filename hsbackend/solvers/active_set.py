@@ -26,6 +26,7 @@ from hsbackend.route import DENSE_LIMIT
 from hsbackend.solvers._gram_kernels import normalise, solve_items
 from hsbackend.solvers._verify_kernels import kkt_residuals
 from hsbackend.solvers.result import Options, Result
+from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
 #: Weight of the proximal term relative to the largest curvature. Small weights converge in fewer outer steps but
@@ -71,7 +72,7 @@ class GramSetup:
 
 
 def solve(
-    values: QPValues, options: Options, setup: GramSetup | None = None, warm: GramFace | None = None,
+    values: QPValues, options: Options, setup: GramSetup | None = None, warm: WarmStart | None = None,
     weight: float = PROXIMAL_WEIGHT,
 ) -> Result:  # fmt: skip
     """Solve a batch of strictly convex quadratic programs.
@@ -80,7 +81,7 @@ def solve(
         values: the problems.
         options: tolerances and what to keep.
         setup: factored constant data, for ``values.shared``; made here when none is given.
-        warm: face of an earlier solution of the same structure and batch; its working sets are the first guess.
+        warm: first guesses, one per item (:meth:`~hsbackend.solvers.warm.WarmStart.match`).
         weight: of the proximal term, relative to the largest curvature; a given ``setup`` has its own.
 
     Returns:
@@ -140,13 +141,14 @@ def solve(
     side = np.zeros((batch, total), dtype=np.int64)
     count = np.zeros(batch, dtype=np.int64)
     offset = np.zeros(batch, dtype=np.int64)
-    warm_side = side if warm is None else warm.side
-    if warm_side.shape != side.shape:
-        raise ValueError(f"warm start has shape {warm_side.shape}, expected {side.shape}: same structure and batch")
+    warm_side, warm_point = side, prox_point
+    if warm is not None:
+        warm_side = np.concatenate([warm.rows[:, eliminated:], warm.bounds], axis=1)
+        warm_point = np.ascontiguousarray(warm.primal[:, values.proximal])
     arguments: tuple[Any, ...] = (
         gram, scale, base, lower, upper, equal, metric.rank, options.inner_tolerance, 50 + 10 * (total + n),
         options.jacobian == "support", options.active_tolerance, options.keep_face, weights,
-        metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
+        metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(), warm_point.copy(),
         status, multipliers, steps, working, side, count, offset,
     )  # fmt: skip
     stores = for_each_item(solve_items, batch, 8.0 * total * (10 + total), *arguments)

@@ -24,6 +24,7 @@ class Options:
             Hessian, count as active for ``jacobian="active"``.
         keep_face: whether the caller will differentiate.
         multipliers: whether the caller will read the multipliers.
+        keep_warm: whether the caller will start another solve from this one.
     """
 
     tolerance: float = 1e-9
@@ -31,6 +32,7 @@ class Options:
     active_tolerance: float = 1e-10
     keep_face: bool = True
     multipliers: bool = True
+    keep_warm: bool = False
 
     @property
     def inner_tolerance(self) -> float:

@@ -22,10 +22,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from hsbackend.batched import matvec
 from hsbackend.face import Face, GramFace, LeastNormFace
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers import active_set
 from hsbackend.solvers.result import Options, Result
+from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
 #: Weights tried one after the other, relative to the largest curvature.
@@ -110,7 +112,10 @@ def _without_invalid(values: QPValues) -> tuple[QPValues, Mask]:
     return (replace(values, **clean) if clean else values), invalid
 
 
-def solve(values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None = None) -> Result:
+def solve(
+    values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None = None,
+    warm: WarmStart | None = None,
+) -> Result:  # fmt: skip
     """Solve a batch of problems with a positive semidefinite Hessian.
 
     Args:
@@ -118,18 +123,19 @@ def solve(values: QPValues, options: Options, read: Mask, setup: SemidefiniteSet
         options: tolerances and what to keep.
         read: (n,) variables that somebody reads; their norm selects among the optima.
         setup: factored constant data; only for Hessian and rows shared by the batch.
+        warm: first guesses, one per item.
 
     Returns:
         Result with ``non_unique``, and a :class:`~hsbackend.face.LeastNormFace`.
     """
     values, invalid = _without_invalid(values)
-    result = _optimum(values, options, read, setup)
+    result = _optimum(values, options, read, setup, warm)
     result.status[invalid] = Status.INVALID_INPUT
     face = result.face
     if not isinstance(face, LeastNormFace):  # every item failed before there was a face
         return result
     non_unique = np.zeros(values.batch, dtype=bool)
-    moved: list[int] = []
+    moved = _hold_active(values, options, result, face) if options.jacobian == "active" else []
     for b in np.flatnonzero(_doubtful(values, result, read)):
         found = _Item(values, int(b)).select(result, options, read)
         if found is None:
@@ -146,7 +152,36 @@ def solve(values: QPValues, options: Options, read: Mask, setup: SemidefiniteSet
     return replace(result, face=kept, non_unique=non_unique)
 
 
-def _optimum(values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None) -> Result:
+def _hold_active(values: QPValues, options: Options, result: Result, face: LeastNormFace) -> list[int]:
+    """Put the rows at their limit into K; the proximal steps saw them before the point was refined.
+
+    Returns:
+        The items whose K has changed.
+    """
+    size = np.abs(result.primal).max(axis=1, keepdims=True, initial=0.0)
+    length = np.linalg.norm(values.rows, axis=2)
+    length = np.where(length > 0.0, length, 1.0)
+    allowed = options.active_tolerance * (1.0 + size)
+
+    def held(slack: FloatArray, limit: FloatArray, length: FloatArray) -> Mask:
+        limit = np.where(np.isfinite(limit), np.abs(limit), 0.0)
+        return slack <= options.active_tolerance * limit + allowed * length
+
+    rows = held(values.rhs_rows - matvec(values.rows, result.primal), values.rhs_rows, length)
+    at = result.primal[:, values.bounded]
+    ones = np.ones((1, len(values.bounded)))
+    upper, lower = held(values.upper - at, values.upper, ones), held(at - values.lower, values.lower, ones)
+    solved = (result.status == Status.SOLVED)[:, None]
+    more_rows = rows & (face.active_rows == 0) & solved
+    more_bounds = (upper | lower) & (face.active_bounds == 0) & solved
+    face.active_rows[more_rows] = 1
+    face.active_bounds[more_bounds] = np.where(upper, 1, -1)[more_bounds]
+    return np.flatnonzero(more_rows.any(axis=1) | more_bounds.any(axis=1)).tolist()
+
+
+def _optimum(
+    values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None, warm: WarmStart | None
+) -> Result:
     """Find one optimum of every item, or the reason why there is none."""
     every = np.arange(values.num_variables, dtype=np.int64)
     convex = _convex(values.hessian) if setup is None else np.array([setup.convex])
@@ -155,7 +190,7 @@ def _optimum(values: QPValues, options: Options, read: Mask, setup: Semidefinite
     flat = values.proximal if setup is None else setup.proximal
     enough = 0 < len(flat) < len(every)
     first = replace(values, proximal=flat if enough else every)
-    result = _proximal(first, options, read, setup and setup.gram, _WEIGHTS[0])
+    result = _proximal(first, options, read, setup and setup.gram, _WEIGHTS[0], warm)
     decided = result.status == Status.INVALID_INPUT
     examined = np.zeros(values.batch, dtype=bool)
     for weight in (*_WEIGHTS[0 if enough else 1 :], None):
@@ -205,8 +240,9 @@ def _merge(result: Result, found: Result, items: IndexArray) -> Result:
 
 
 def _proximal(
-    values: QPValues, options: Options, read: Mask, gram: active_set.GramSetup | None, weight: float
-) -> Result:
+    values: QPValues, options: Options, read: Mask, gram: active_set.GramSetup | None, weight: float,
+    warm: WarmStart | None = None,
+) -> Result:  # fmt: skip
     """Run the proximal loop and check its answer against the data; its face is a LeastNormFace without selection."""
     cost, size = _units(values)
     scaled = replace(
@@ -221,7 +257,9 @@ def _proximal(
         gram = active_set.GramSetup(
             values.hessian, values.rows, values.num_equalities, values.bounded, values.proximal, weight
         )
-    result = active_set.solve(scaled, replace(options, keep_face=True), gram, weight=weight)
+    if warm is not None:
+        warm = replace(warm, primal=warm.primal / size[:, None])
+    result = active_set.solve(scaled, replace(options, keep_face=True), gram, warm, weight)
     result.primal[:] *= size[:, None]
     result.rows[:] *= cost[:, None]
     result.bounds[:] *= cost[:, None]

@@ -18,6 +18,7 @@ from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers import active_set
 from hsbackend.solvers._newton_kernels import newton_items
 from hsbackend.solvers.result import Options, Result
+from hsbackend.solvers.warm import WarmStart
 
 #: Items that need more are degenerate, infeasible or ill-conditioned; measured: portfolio and simplex need at most 12.
 MAX_STEPS = 30
@@ -63,6 +64,7 @@ def solve(
     setup: NewtonSetup,
     constant_rows: bool,
     gram_setup: Callable[[], active_set.GramSetup | None],
+    warm: WarmStart | None = None,
 ) -> Result:
     """Solve a batch of problems with a positive diagonal Hessian.
 
@@ -72,6 +74,7 @@ def solve(
         setup: column structure of the rows.
         constant_rows: whether ``values.rows`` is the same in every call.
         gram_setup: gives the active set's constant data when an item has to go there.
+        warm: first guesses, one per item.
     """
     batch, n = values.batch, values.num_variables
     m = values.rhs_rows.shape[1]
@@ -81,7 +84,7 @@ def solve(
     lower[:, values.bounded] = values.lower
     upper[:, values.bounded] = values.upper
     primal = np.empty((batch, n))
-    multipliers = np.zeros((batch, m))
+    multipliers = np.zeros((batch, m)) if warm is None else warm.multipliers.copy()
     status = np.zeros(batch, dtype=np.int8)
     steps = np.zeros(batch, dtype=np.int64)
     free = np.zeros((batch, n), dtype=bool)
