@@ -13,8 +13,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
+from cvxpy.atoms.quad_form import QuadForm
+from cvxpy.reductions.solvers.conic_solvers.scs_conif import SCS
 from cvxpy.settings import PARAM_PROB
 from cvxpy.utilities import scopes
 from cvxpylayers.utils import parse_args
@@ -22,6 +25,70 @@ from cvxpylayers.utils import parse_args
 from hsbackend.differentiate import Output
 from hsbackend.program import AffineMap, FloatArray, IndexArray, MatrixEntries, Program
 from hsbackend.status import UnsupportedProblemError
+
+
+class CanonicalForm(SCS):
+    """The canonical form we ask cvxpy for: that of SCS, which keeps bounds as rows and orders cones as diffcp does.
+
+    cvxpy refuses SCS a problem without constraints of the user's own, though the canonical form of a piecewise-linear
+    objective has rows; we take it.
+
+    Args:
+        quadratic: whether the objective may stay quadratic; otherwise it becomes a second-order cone.
+    """
+
+    REQUIRES_CONSTR = False
+
+    def __init__(self, quadratic: bool) -> None:
+        """Keep the choice."""
+        super().__init__()
+        self._quadratic = quadratic
+
+    def name(self) -> str:
+        """Return a name that no solver of cvxpy has."""
+        return "HSBACKEND" if self._quadratic else "HSBACKEND_CONIC"
+
+    def supports_quad_obj(self) -> bool:
+        """Return whether the objective may stay quadratic."""
+        return self._quadratic
+
+
+QUADRATIC, CONIC = CanonicalForm(True), CanonicalForm(False)
+
+
+def is_dpp(problem: cp.Problem) -> bool:
+    """Whether the data of the quadratic canonical form are affine in the parameters.
+
+    cvxpy's own answer leaves out that it canonicalises the constraints, too, by the rules of that form.
+    """
+    with scopes.quad_form_dpp_scope():
+        constraints = all(constraint.is_dcp(dpp=True) for constraint in problem.constraints)
+    return constraints and bool(problem.is_dpp(quad_form_dpp="qp"))  # pyright: ignore[reportCallIssue]
+
+
+def name_quad_form_arguments(problem: cp.Problem) -> cp.Problem:
+    """Replace ``quad_form(x - p, P)`` in the objective by ``quad_form(t, P), t == x - p`` with a new variable t.
+
+    With a parameter p in the argument the quadratic canonical form would be quadratic in p, and cvxpy refuses it.
+    Constraints are appended, so that those of the user keep their objects and numbers.
+    """
+    definitions: list[cp.Constraint] = []
+
+    def rewrite(expression: Any) -> Any:
+        if isinstance(expression, QuadForm):
+            argument, matrix = expression.args
+            if not argument.parameters() or not argument.is_affine():
+                return expression
+            variable = cp.Variable(argument.shape)
+            definitions.append(variable == argument)
+            return cp.quad_form(variable, matrix)
+        parts = [rewrite(part) for part in expression.args]
+        if all(new is old for new, old in zip(parts, expression.args, strict=True)):
+            return expression
+        return expression.copy(parts)
+
+    objective = type(problem.objective)(rewrite(problem.objective.expr))
+    return cp.Problem(objective, [*problem.constraints, *definitions])
 
 
 @dataclass(frozen=True)

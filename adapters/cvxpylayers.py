@@ -6,8 +6,8 @@ Three ways in, from least to most speed:
 - :func:`enable` / :func:`enabled`: every stock layer that names no solver;
 - :class:`CvxpyLayer`: same signature as the stock class, without its per-call overheads.
 
-What is not a strictly convex polyhedral problem goes back to diffcp, the default of cvxpylayers, and
-``layer.explain()`` says why.
+Linear and convex quadratic programs with linear constraints are ours. What else there is (cones that are not
+polyhedral, geometric programs) goes back to diffcp, the default of cvxpylayers, and ``layer.explain()`` says why.
 """
 
 from __future__ import annotations
@@ -132,12 +132,13 @@ def _unsupported(route: Route) -> str:
 class HSBackend(SolverInterface):
     """Solver for ``cvxpylayers.torch.CvxpyLayer(..., solver=HSBackend())`` and its JAX twin.
 
-    Solves strictly convex quadratic programs with linear constraints,
+    Solves convex quadratic programs with linear constraints, linear programs among them,
 
-        minimise 1/2 x'Qx + q'x   subject to   A x = b,  G x <= h,
+        minimise 1/2 x'Qx + q'x   subject to   A x = b,  G x <= h,     Q positive semidefinite,
 
-    recognised inside the canonical form, and differentiates them with the HS-Jacobian. One instance may serve several
-    layers.
+    recognised inside the canonical form, and differentiates them with the HS-Jacobian. Where there are several optima
+    the one of least norm in the returned variables is returned, and ``non_unique`` says so. One instance may serve
+    several layers.
 
     Args:
         tolerance: largest accepted KKT residual relative to the data, in (0, 1). The default 1e-9 is met with room by
@@ -153,6 +154,8 @@ class HSBackend(SolverInterface):
     Attributes:
         routes: reports of the layers set up so far, oldest first.
         status: (B,) int8 tensor of :class:`hsbackend.Status` codes of the last solve, None before.
+        non_unique: (B,) bool tensor, whether an item of the last solve has other optima than the one returned; None
+            before, and where diffcp solved.
 
     Raises:
         InvalidOptionError: for an option outside its range.
@@ -162,8 +165,7 @@ class HSBackend(SolverInterface):
         The stock layer evaluates and copies constant data on every call; :class:`CvxpyLayer` of this module does not.
     """
 
-    #: SCS's canonical form keeps bounds as rows and orders cones the way diffcp does.
-    canon_solver = "SCS"
+    canon_solver: _canonical.CanonicalForm = _canonical.QUADRATIC
     supports_quad_obj = True
 
     def __init__(
@@ -184,6 +186,12 @@ class HSBackend(SolverInterface):
         self.solver: SolverName | None = solver
         self.routes: list[Route] = []
         self.status: torch.Tensor | None = None
+        self.non_unique: torch.Tensor | None = None
+
+    @property
+    def canon_solver_name(self) -> Any:
+        """The solver cvxpy canonicalises for; it takes the object where it takes a name."""
+        return self.canon_solver
 
     def conic_twin(self) -> HSBackend:
         """Return a backend with these options for problems that only the purely conic canonical form accepts."""
@@ -219,7 +227,7 @@ class HSBackend(SolverInterface):
         if state.layer is None:
             assert state.conic is not None
             primal, dual, status, saved = state.conic.solve(p, q, a, rest)
-            self._finish(status, {}, settings.on_failure)
+            self._finish(status, None, {}, settings.on_failure)
             return primal, dual, saved
         _warn_ignored(rest)
         moving = state.values.moving
@@ -232,14 +240,15 @@ class HSBackend(SolverInterface):
         if all(array.shape[0] != batch for array in parameters) and batch != 1:  # nothing varies: solve once per item
             parameters[1] = np.zeros((batch, 0))
         solution = state.layer.plan.solve(parameters, call_options)
-        self._finish(solution.status, state.layer.conflicts(solution), settings.on_failure)
+        self._finish(solution.status, solution.non_unique, state.layer.conflicts(solution), settings.on_failure)
         found = state.layer.select(solution)
         primal = found[0]
         dual = found[1] if len(found) > 1 else np.zeros((batch, state.num_rows))
         return primal, dual, solution
 
-    def _finish(self, status: Any, conflicts: Mapping[int, Sequence[str]], on_failure: str) -> None:
+    def _finish(self, status: Any, non_unique: Any, conflicts: Mapping[int, Sequence[str]], on_failure: str) -> None:
         self.status = torch.from_numpy(np.array(status))
+        self.non_unique = None if non_unique is None else torch.from_numpy(np.array(non_unique))
         if on_failure == "raise" and np.any(status != Status.SOLVED):
             raise SolveError(failure_message(status, conflicts), status)
 
@@ -301,7 +310,7 @@ class HSBackend(SolverInterface):
 class _ConicBackend(HSBackend):
     """The same solver behind the canonical form without quadratic objectives."""
 
-    canon_solver = "DIFFCP"
+    canon_solver = _canonical.CONIC
     supports_quad_obj = False
 
 
@@ -446,12 +455,17 @@ class CvxpyLayer(_StockLayer):
         self, problem: cp.Problem, parameters: Any, variables: Any, backend: HSBackend, arguments: dict[str, Any]
     ) -> Route:
         """Prepare our solver, or the stock layer where the problem is not ours; say which and why."""
-        if not arguments["gp"] and not problem.is_dpp(quad_form_dpp="qp") and problem.is_dpp():  # pyright: ignore[reportCallIssue]
-            # quad_form(x - p, P) and its like: only the conic canonical form accepts the parameter's place.
-            reason = "a quadratic form with a parameter inside; write it as sum_squares(F @ (x - p)) with P = F'F"
-            return self._delegate(problem, parameters, variables, backend.conic_twin(), arguments, reason)
         if arguments["gp"]:
             return self._delegate(problem, parameters, variables, backend, arguments, "geometric program")
+        if not _canonical.is_dpp(problem):
+            rewritten = _canonical.name_quad_form_arguments(problem)
+            if _canonical.is_dpp(rewritten):
+                problem = rewritten
+            elif problem.is_dpp():  # only the purely conic canonical form accepts the parameter's place
+                reason = (
+                    "a parameter inside a quadratic form that is in a constraint or of an argument that is not affine"
+                )
+                return self._delegate(problem, parameters, variables, backend.conic_twin(), arguments, reason)
         ctx = _parse.parse_args(
             problem, variables, parameters, None, verbose=arguments["verbose"],
             canon_backend=arguments["canon_backend"], solver_args={}, custom_solver=backend,
@@ -499,7 +513,8 @@ class CvxpyLayer(_StockLayer):
             params: one floating tensor per parameter, of its shape or with one batch dimension in front; parameters
                 without it are shared by the batch, and their gradient is the sum over the items.
             solver_args: override the constructor's for this call.
-            warm_start: start from the active sets of the previous call when the batch size is the same; changes the
+            warm_start: start from the previous call, item by item when the batch size is the same and from the nearest
+                item otherwise; changes the
                 time, not the answer.
 
         Returns:
@@ -527,7 +542,7 @@ class CvxpyLayer(_StockLayer):
             return self._forward_stock(stock, params, dtype, settings, {**self._rest, **rest})
         _warn_ignored(rest)
         needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in params)
-        options = settings.core(needs_grad or warm_start)
+        options = replace(settings.core(needs_grad or warm_start), keep_warm=warm_start)
         call = Call(options, settings.on_failure, self._warm if warm_start else None)
         try:
             found = SolveFunction.apply(self._layer, call, batched, dtype, *params)
@@ -538,7 +553,7 @@ class CvxpyLayer(_StockLayer):
         self.status = torch.from_numpy(call.solution.status)
         self.non_unique = torch.from_numpy(call.solution.non_unique)
         if warm_start:
-            self._warm = call.solution.face
+            self._warm = call.solution.warm
         if any(batched):
             return tuple(found)
         return tuple(value[0] for value in found)
@@ -556,6 +571,7 @@ class CvxpyLayer(_StockLayer):
             return tuple(value.to(dtype) for value in stock(*params, solver_args={**rest, **own}))
         finally:
             self.status = stock.ctx.solver.status
+            self.non_unique = stock.ctx.solver.non_unique
 
     def _check(self, params: Sequence[torch.Tensor]) -> tuple[tuple[bool, ...], int, torch.dtype]:
         """Check number, dtypes and shapes; return which parameters are batched, the batch size and the dtype."""

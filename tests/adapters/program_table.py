@@ -170,10 +170,34 @@ def _metric_distance(spelled_as_quad_form):
     return build
 
 
-@row(polyhedral=None, judge=_metric_distance(False), stock_refuses=True)
+@row(judge=_metric_distance(False), stock_refuses=True)
 def quad_form_of_difference():
-    """DPP for diffcp, which makes it a second-order cone; not DPP for solvers with a quadratic objective."""
+    """Not DPP for solvers with a quadratic objective; our layer gives the argument a variable of its own."""
     return _metric_distance(True)()
+
+
+def _excess(spelled_as_quad_form):
+    def build():
+        x, y = _vector()
+        matrix = np.abs(_POSITIVE_DEFINITE)
+        if spelled_as_quad_form:
+            return (
+                cp.Problem(cp.Minimize(cp.quad_form(cp.pos(x - y), matrix) - cp.sum(x)), [x <= 2]),
+                [y],
+                [x],
+                _points(5),
+            )
+        t = cp.Variable(5)
+        constraints = [x <= 2, t >= x - y, t >= 0]
+        return cp.Problem(cp.Minimize(cp.quad_form(t, matrix) - cp.sum(x)), constraints), [y], [x], _points(5)
+
+    return build
+
+
+@row(polyhedral=None, judge=_excess(False), stock_refuses=True)
+def quad_form_of_positive_parts():
+    """DPP for diffcp, which makes it a second-order cone; the argument is not affine and cannot be named."""
+    return _excess(True)()
 
 
 @row

@@ -311,6 +311,24 @@ def test_geometric_program(kind):
         assert_close(gradient, value, GRADIENT, 1.0)
 
 
+@pytest.mark.parametrize("objective", ["quad_form", "linear"])
+def test_ellipsoid_around_a_parameter(objective):
+    """The stock layer takes the form around p with its own backend, not with one that keeps quadratic objectives."""
+    x, y, p, matrix = cp.Variable(3), cp.Parameter(3), cp.Parameter(3), np.diag([1.0, 2.0, 0.5]) + 0.1
+    cost = cp.quad_form(x - y, np.eye(3)) if objective == "quad_form" else y @ x
+    problem = cp.Problem(cp.Minimize(cost), [cp.quad_form(x - p, matrix) <= 1])
+    rng = np.random.default_rng(0)
+    values = [2 * rng.standard_normal((BATCH, 3)) + 2, rng.standard_normal((BATCH, 3))]
+    cotangents = [rng.standard_normal((BATCH, 3))]
+    layer = make_layer("ours", problem, [y, p], [x])
+    assert "in a constraint" in layer.explain().reason
+    outputs, gradients = run(layer, values, cotangents)
+    expected_outputs, expected_gradients = run(diffcp_layer(problem, [y, p], [x]), values, cotangents)
+    assert_close(outputs[0], expected_outputs[0], VALUE, 1.0)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, expected, GRADIENT, 1.0)
+
+
 # --- the report, and refusing
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from layer_harness import assert_close, make_layer, run
-from program_table import TABLE, truth
+from model_table import TABLE, truth
 
 from oracles import TightSolver
 
@@ -31,6 +31,11 @@ NAMES = [
     "scalar_variable",
     "nothing_batched",
     "no_constraint",
+    "quantile_regression",
+    "optimal_transport_marginals",
+    "dynamic_programming_step",
+    "dual_of_linear_program",
+    "dual_of_singular_hessian",
 ]
 
 

@@ -4,15 +4,20 @@ import cvxpy as cp
 import numpy as np
 import pytest
 from layer_harness import assert_close, diffcp_layer, run
-from program_table import TABLE, is_symmetric, truth
+from model_table import TABLE, is_symmetric, truth
 
 from oracles import DegeneratePoint, OracleError, TightSolver, central_differences, solve_tight
 
+_UNCONSTRAINED = "cvxpy refuses DIFFCP a problem that has neither constraints nor cones"
 # Rows the stock layer cannot judge; central differences do.
 STOCK_CANNOT = {
     "quad_form_parameter": "diffcp takes no parametric quad_form",
     "quad_form_parameter_shared": "diffcp takes no parametric quad_form",
     "dual_with_quad_form_parameter": "diffcp takes no parametric quad_form",
+    "quad_form_with_both_arguments_parameters": "diffcp takes no parametric quad_form",
+    "least_largest_deviation": _UNCONSTRAINED,
+    "quantile_regression": _UNCONSTRAINED,
+    "quantile_regression_as_maximum": _UNCONSTRAINED,
     "objective_huge": "diffcp's gradient is wrong in the first digit when the objective is scaled by 1e6",
     "objective_tiny": "diffcp's point is wrong in the third digit when the objective is scaled by 1e-6",
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from layer_harness import LAYERS, assert_close, make_layer, run
-from program_table import TABLE, is_symmetric, truth
+from model_table import TABLE, is_symmetric, truth
 
 # Relative to the size of the quantity.
 VALUE, GRADIENT = 1e-8, 1e-6
@@ -135,8 +135,12 @@ def test_batch_of_one_keeps_its_axis(kind, name):
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize(
-    "name", ["sum_squares_simplex", "everything_a_parameter", "birkhoff", "portfolio", "dual_of_inequality", "monotone"]
-)
+    "name",
+    [
+        "sum_squares_simplex", "everything_a_parameter", "birkhoff", "portfolio", "dual_of_inequality", "monotone",
+        "quantile_regression", "optimal_transport_marginals", "control_with_limits", "dual_of_linear_program",
+    ],
+)  # fmt: skip
 def test_float32(kind, name):
     """Single precision in, single precision out; of the stock layer, which computes in float64, only the gradients."""
     point = truth(name)
