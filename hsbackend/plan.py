@@ -20,7 +20,15 @@ from hsbackend.batched import matvec, vecmat, weighted_gram
 from hsbackend.face import Face, MixedFace
 from hsbackend.program import FloatArray, IndexArray, Program, QPValues, as_slice
 from hsbackend.route import DENSE_LIMIT, Route, SolverName, choose, describe
-from hsbackend.solvers import active_set, blocks, least_norm, reference, semidefinite, semismooth_newton
+from hsbackend.solvers import (
+    active_set,
+    blocks,
+    interior_point,
+    least_norm,
+    reference,
+    semidefinite,
+    semismooth_newton,
+)  # fmt: skip
 from hsbackend.solvers._places import Limits, Structure
 from hsbackend.solvers.result import Options, Result
 from hsbackend.solvers.warm import WarmStart
@@ -432,26 +440,46 @@ class Plan:
         return active_set.verify(values, options, result)
 
     def _run_again(self, values: QPValues, options: Options, result: Result) -> Result:
-        """Solve the items again whose Hessian turned out singular, and those the proximal steps did not finish."""
+        """Give the items that failed to the solver of semidefinite Hessians, and to the interior-point method."""
+        if self._requested == "reference" or self._too_large or (result.status == Status.SOLVED).all():
+            return result
         wanted = [Status.NOT_STRICTLY_CONVEX]
         if len(self._proximal):
             wanted += [Status.NOT_CONVERGED, Status.UNBOUNDED]
-        again = np.isin(result.status, wanted)
-        doubtful = np.flatnonzero(np.isin(result.status, [Status.NOT_CONVERGED, Status.INFEASIBLE]) & ~again)
+        singular = np.isin(result.status, wanted)
+        failed = np.isin(result.status, [Status.NOT_CONVERGED, Status.UNBOUNDED, Status.INFEASIBLE])
+        doubtful = np.flatnonzero(failed & ~singular)
         if len(doubtful) and not values.diagonal:
             hessian = values.hessian if values.hessian.shape[0] == 1 else values.hessian[doubtful]
-            again[doubtful] |= semidefinite.nearly_singular(hessian)
-        items = np.flatnonzero(again).astype(np.int64)
-        if self._requested == "reference" or not len(items) or self._too_large:
+            singular[doubtful] |= semidefinite.nearly_singular(hessian)
+        unproved = failed & ~singular
+        for item in np.flatnonzero(unproved & (result.status == Status.INFEASIBLE)):
+            unproved[item] = not self._decided and not interior_point.proves_infeasible(values, result, int(item))
+        result = self._replace(values, options, result, np.flatnonzero(singular), None)
+        items = np.flatnonzero(unproved)
+        return self._replace(values, options, result, items, result.take(items) if len(items) else None)
+
+    @property
+    def _decided(self) -> bool:
+        """Whether the solver decides infeasibility in closed form."""
+        return self._blocks is not None and all(group.family != "general" for group in self.route.groups)
+
+    def _replace(
+        self, values: QPValues, options: Options, result: Result, items: IndexArray, start: Result | None
+    ) -> Result:
+        """Solve some items with :mod:`hsbackend.solvers.semidefinite` and put them in the place of what was found."""
+        if not len(items):
             return result
-        again = semidefinite.solve(values.take(items), options, self._seen)
+        again = semidefinite.solve(values.take(items), options, self._seen, start=start)
+        if start is not None:  # curvature on the null space of the equalities may have been enough
+            again.status[again.status == Status.NOT_STRICTLY_CONVEX] = Status.NOT_CONVERGED
         result.primal[items], result.rows[items], result.bounds[items] = again.primal, again.rows, again.bounds
         result.status[items] = again.status
         result.steps[items] += again.steps
         face = result.face
         if again.face is not None:
             face = again.face if face is None else MixedFace(face, again.face, items)
-        non_unique = np.zeros(values.batch, dtype=bool)
+        non_unique = np.zeros(values.batch, dtype=bool) if result.non_unique is None else result.non_unique
         if again.non_unique is not None:
             non_unique[items] = again.non_unique
         return replace(result, face=face, non_unique=non_unique)

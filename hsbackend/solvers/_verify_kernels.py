@@ -1,20 +1,48 @@
+# pyright: reportMissingParameterType=false
 """Compiled check of the KKT conditions against the data."""
 
 from __future__ import annotations
 
-from hsbackend._blas import axpy, dot
+import numpy as np
+
+from hsbackend._blas import axpy
 from hsbackend._parallel import compile_kernel, inline_kernel
+
+#: A residual is compared with its own terms and with this fraction of the largest ones, in balanced units.
+GLOBAL = 1e-2
+#: Limits count as a size of the point to this extent: most of them may be far away.
+LIMITS = 1e-5
 
 
 @inline_kernel
-def natural(gap, multiplier):
-    """Violation of ``gap <= 0, multiplier >= 0, gap * multiplier = 0``: the gap, or the multiplier where it is smaller.
+def _units(H, diagonal, N, units):
+    """Set units of the variables in which the columns are comparable.
 
-    A multiplier that is zero up to rounding must not turn an inactive row into a violated one.
+    ``1 / sqrt(H_jj)``, and where there is no curvature the inverse of the largest entry of the column in rows that are
+    balanced by their other entries.
     """
-    if gap > 0.0:
-        return gap
-    return max(gap, -multiplier) if multiplier > 0.0 else 0.0
+    n, m = units.shape[0], N.shape[0]
+    flat = 0
+    for j in range(n):
+        curvature = H[0, j] if diagonal else H[j, j]
+        units[j] = 1.0 / np.sqrt(curvature) if curvature > 0.0 else 0.0
+        flat += units[j] == 0.0
+    if flat == 0:
+        return
+    column = np.zeros(n)
+    for i in range(m):
+        row = N[i]
+        size, plain = 0.0, 0.0
+        for j in range(n):
+            size = max(size, abs(row[j]) * units[j])
+            plain = max(plain, abs(row[j]))
+        size = size if size > 0.0 else plain
+        if size > 0.0:
+            for j in range(n):
+                column[j] = max(column[j], abs(row[j]) / size)
+    for j in range(n):
+        if units[j] == 0.0:
+            units[j] = 1.0 / column[j] if column[j] > 0.0 else 1.0
 
 
 @compile_kernel
@@ -24,46 +52,119 @@ def kkt_residuals(
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Set the signed residuals of every item and ``worst``, the largest relative one.
 
-    ``hessian`` (1 or B, n, n), or (1 or B, 1, n) for a diagonal. Stationarity is relative to the linear term,
-    violations to the point and the limit, wrong signs of multipliers to the linear term.
+    ``hessian`` (1 or B, n, n), or (1 or B, 1, n) for a diagonal. Every component is compared with the sum of the
+    magnitudes of its own terms, plus 1e-2 of the largest such sum in balanced units: of stationarity
+    ``|a_j| + sum |H_jl x_l| + sum |N_ij w_i|``, of a row ``|h_i| + sum |N_ij x_j|``. A multiplier is measured by what
+    it contributes to stationarity. Of the slack and the multiplier of an inequality the smaller one counts.
     """
     n = primal.shape[1]
     m = rhs.shape[1]
     varying_h = 0 if hessian.shape[0] == 1 else 1
     varying = 0 if rows.shape[0] == 1 else 1
+    D, terms, size = np.empty(n), np.empty(n), np.empty(m)
     for b in range(start, stop, step):
         x = primal[b]
         residual = stationarity[b]
         matrix = hessian[b * varying_h]
         normals = rows[b * varying]
-        size_dual = 1.0
-        size_primal = 1.0
+        _units(matrix, diagonal, normals, D)
+        reach, curvature = 0.0, 0.0
         for j in range(n):
-            size_dual = max(size_dual, 1.0 + abs(linear[b, j]))
-            size_primal = max(size_primal, 1.0 + abs(x[j]))
-            value = matrix[0, j] * x[j] if diagonal else dot(matrix[j], x, n)
-            residual[j] = value - linear[b, j]
-        largest = 0.0
+            reach = max(reach, abs(x[j]) / D[j])
+            if diagonal:
+                residual[j] = matrix[0, j] * x[j]
+                terms[j] = abs(residual[j])
+                curvature = max(curvature, matrix[0, j] * D[j] * D[j])
+            else:
+                row = matrix[j]
+                value, total = 0.0, 0.0
+                for l in range(n):
+                    value += row[l] * x[l]
+                    total += abs(row[l] * x[l])
+                residual[j], terms[j] = value, total
+                curvature = max(curvature, matrix[j, j] * D[j] * D[j])
+            residual[j] -= linear[b, j]
+            terms[j] += abs(linear[b, j])
+        for j in range(n):
+            if curvature > 0.0:
+                reach = max(reach, abs(linear[b, j]) * D[j] / curvature)
         for i in range(m):
-            gap = dot(normals[i], x, n) - rhs[b, i]
+            row = normals[i]
+            value, total, length = 0.0, 0.0, 0.0
+            for j in range(n):
+                value += row[j] * x[j]
+                total += abs(row[j] * x[j])
+                length = max(length, abs(row[j]) * D[j])
             nu = row_multipliers[b, i]
             if nu != 0.0:
-                axpy(nu, normals[i], residual, n)
-            if i >= n_eq:
-                gap = natural(gap, nu)
-                largest = max(largest, -nu / size_dual)
-            violation[b, i] = gap
+                axpy(nu, row, residual, n)
+                for j in range(n):
+                    terms[j] += abs(nu * row[j])
+            violation[b, i] = value - rhs[b, i]
             limit = abs(rhs[b, i]) if abs(rhs[b, i]) < 1e300 else 0.0
-            largest = max(largest, abs(gap) / (size_primal + limit))
+            size[i] = total + limit
+            if length > 0.0:
+                reach = max(reach, LIMITS * limit / length)
+        for i in range(bounded.shape[0]):
+            j = bounded[i]
+            residual[j] += bound_multipliers[b, i]
+            terms[j] += abs(bound_multipliers[b, i])
+            for limit in (lower[b, i], upper[b, i]):
+                if abs(limit) < 1e300:
+                    reach = max(reach, LIMITS * abs(limit) / D[j])
+        force = curvature * reach * LIMITS
+        for j in range(n):
+            force = max(force, terms[j] * D[j])
+        largest = 0.0
+        invalid = False
+        for j in range(n):
+            terms[j] += GLOBAL * force / D[j]
+            if not np.isfinite(residual[j]):
+                invalid = True
+            elif residual[j] != 0.0:
+                largest = max(largest, abs(residual[j]) / terms[j])
+        for i in range(m):
+            row = normals[i]
+            nu, gap = row_multipliers[b, i], violation[b, i]
+            if i >= n_eq and gap <= 0.0 and nu == 0.0:
+                violation[b, i] = 0.0
+                continue
+            length = 0.0
+            for j in range(n):
+                length = max(length, abs(row[j]) * D[j])
+            scale = size[i] + GLOBAL * reach * length
+            relative = abs(gap) / scale if gap != 0.0 else 0.0
+            if i >= n_eq and (nu < 0.0 or gap < 0.0):
+                pull = 0.0
+                for j in range(n):
+                    if row[j] != 0.0:
+                        pull = max(pull, abs(nu * row[j]) / terms[j])
+                if nu < 0.0:
+                    largest = max(largest, pull)
+                    relative = relative if gap > 0.0 else 0.0
+                    violation[b, i] = max(gap, 0.0)
+                elif pull < relative:  # the multiplier is what should be zero
+                    relative = pull
+                    violation[b, i] = 0.0
+            largest = max(largest, relative)
         for i in range(bounded.shape[0]):
             j = bounded[i]
             mu = bound_multipliers[b, i]
-            residual[j] += mu
-            outside[b, i] = natural(x[j] - upper[b, i], mu) - natural(lower[b, i] - x[j], -mu)
-            largest = max(largest, abs(outside[b, i]) / size_primal)
-        for j in range(n):
-            largest = max(largest, abs(residual[j]) / size_dual)
-            if residual[j] != residual[j]:
-                largest = residual[j]  # NaN must not pass as small
-                break
-        worst[b] = largest
+            pull = abs(mu) / terms[j] if mu != 0.0 else 0.0
+            above, below = x[j] - upper[b, i], lower[b, i] - x[j]
+            gap = above if mu > 0.0 else (-below if mu < 0.0 else 0.0)  # zero where the multiplier says it should be
+            outside[b, i] = 0.0
+            if above > 0.0:
+                outside[b, i] = above
+            elif below > 0.0:
+                outside[b, i] = -below
+            elif gap != 0.0:
+                scale = abs(x[j]) + abs(x[j] - gap) + GLOBAL * reach * D[j]
+                if abs(gap) / scale <= pull:
+                    outside[b, i] = gap
+                else:
+                    largest = max(largest, pull)
+            if outside[b, i] != 0.0:
+                scale = abs(x[j]) + abs(x[j] - outside[b, i]) + GLOBAL * reach * D[j]
+                largest = max(largest, abs(outside[b, i]) / scale)
+        worst[b] = np.nan if invalid else largest  # NaN must not pass as small

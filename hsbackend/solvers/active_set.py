@@ -34,10 +34,10 @@ from hsbackend.status import Status
 PROXIMAL_WEIGHT = 1e-4
 
 
-def _proximal_weight(hessian: FloatArray, relative: float) -> FloatArray:
+def _proximal_weight(hessian: FloatArray) -> FloatArray:
     """Return the proximal weight of each Hessian, (1 or B,); an item never sees the numbers of another."""
     largest = np.abs(np.einsum("bii->bi", hessian)).max(axis=1, initial=0.0)
-    return np.where(np.isfinite(largest) & (largest > 0.0), relative * largest, relative)
+    return np.where(np.isfinite(largest) & (largest > 0.0), PROXIMAL_WEIGHT * largest, PROXIMAL_WEIGHT)
 
 
 class GramSetup:
@@ -49,15 +49,14 @@ class GramSetup:
         num_equalities: number of equality rows.
         bounded: (nb,) variables with limits.
         proximal: (ns,) variables of proximal steps.
-        weight: of the proximal term, relative to the largest curvature.
     """
 
     def __init__(self, hessian: FloatArray, rows: FloatArray, num_equalities: int, bounded: IndexArray,
-                 proximal: IndexArray, weight: float = PROXIMAL_WEIGHT) -> None:  # fmt: skip
+                 proximal: IndexArray) -> None:  # fmt: skip
         """Factor once."""
         n = hessian.shape[-1]
         dense = np.diag(hessian[0]) if hessian.ndim == 2 else hessian[0]
-        self.weight = _proximal_weight(dense[None], weight)
+        self.weight = _proximal_weight(dense[None])
         if len(proximal):
             dense = dense.copy()
             dense[proximal, proximal] += self.weight[0]
@@ -73,7 +72,6 @@ class GramSetup:
 
 def solve(
     values: QPValues, options: Options, setup: GramSetup | None = None, warm: WarmStart | None = None,
-    weight: float = PROXIMAL_WEIGHT,
 ) -> Result:  # fmt: skip
     """Solve a batch of strictly convex quadratic programs.
 
@@ -82,7 +80,6 @@ def solve(
         options: tolerances and what to keep.
         setup: factored constant data, for ``values.shared``; made here when none is given.
         warm: first guesses, one per item (:meth:`~hsbackend.solvers.warm.WarmStart.match`).
-        weight: of the proximal term, relative to the largest curvature; a given ``setup`` has its own.
 
     Returns:
         Result with multipliers in the sign convention of :mod:`hsbackend.program` and signed bound multipliers
@@ -95,7 +92,7 @@ def solve(
     metric: Metric
     if shared:
         if setup is None:
-            setup = GramSetup(values.hessian, values.rows, n_eq, values.bounded, values.proximal, weight)
+            setup = GramSetup(values.hessian, values.rows, n_eq, values.bounded, values.proximal)
         metric = setup.metric
         if not metric.convex:
             return Result.failed(values, Status.NOT_STRICTLY_CONVEX)
@@ -107,7 +104,7 @@ def solve(
         if values.diagonal:
             dense = np.zeros((dense.shape[0], n, n))
             dense[:, np.arange(n), np.arange(n)] = values.hessian
-        weights = _proximal_weight(dense, weight)
+        weights = _proximal_weight(dense)
         if len(values.proximal):
             dense = dense.copy()
             dense[:, values.proximal, values.proximal] += weights[:, None]
@@ -148,7 +145,8 @@ def solve(
     arguments: tuple[Any, ...] = (
         gram, scale, base, lower, upper, equal, metric.rank, options.inner_tolerance, 50 + 10 * (total + n),
         options.jacobian == "support", options.active_tolerance, options.keep_face, weights,
-        metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(), warm_point.copy(),
+        metric.proximal_rows, metric.proximal_block, prox_origin, prox_point, warm is not None, warm_side.copy(),
+        warm_point.copy(),
         status, multipliers, steps, working, side, count, offset,
     )  # fmt: skip
     stores = for_each_item(solve_items, batch, 8.0 * total * (10 + total), *arguments)

@@ -47,6 +47,7 @@ from scipy.linalg import blas, lapack, lstsq
 from scipy.sparse.linalg import lsmr, splu
 
 from hsbackend.program import FloatArray, IndexArray, QPValues
+from hsbackend.solvers._verify_kernels import GLOBAL, LIMITS
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
 
@@ -456,31 +457,63 @@ def _scale(left: FloatArray, matrix: Any, right: FloatArray) -> Any:
 def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds: FloatArray) -> float:
     """Return the largest relative violation of the KKT conditions of one problem, NaN where a number is NaN.
 
-    Stationarity and signs of multipliers are relative to ``1 + |a|``, violations to ``1 + |x|`` and the limit;
-    complementarity is the smaller one of slack and multiplier. The same measure as for the other solvers.
+    The measure of :mod:`hsbackend.solvers._verify_kernels`, for matrices that may be sparse.
     """
-    me = problem.num_equalities
-    size_dual, size_primal = 1.0 + _largest(problem.linear), 1.0 + _largest(primal)
-    stationarity = problem.hessian @ primal - problem.linear + problem.rows.T @ rows
-    np.add.at(stationarity, problem.bounded, bounds)
-    gap = problem.rows @ primal - problem.rhs
-    gap[me:] = _natural(gap[me:], rows[me:])
+    me, at = problem.num_equalities, primal[problem.bounded]
+    hessian, normals = abs(problem.hessian), abs(problem.rows)
+    diagonal = problem.hessian.diagonal()
+    curved = diagonal > 0.0
+    units = np.where(curved, 1.0 / np.sqrt(np.where(curved, diagonal, 1.0)), 0.0)
+    if not curved.all():
+        size, plain = _row_largest(problem.rows, units), _row_largest(problem.rows, np.ones(len(units)))
+        size = np.where(size > 0.0, size, plain)
+        column = _row_largest(problem.rows.T, np.where(size > 0.0, 1.0 / np.where(size > 0.0, size, 1.0), 0.0))
+        units = np.where(curved, units, 1.0 / np.where(column > 0.0, column, 1.0))
     limit = np.where(np.isfinite(problem.rhs), np.abs(problem.rhs), 0.0)
-    at = primal[problem.bounded]
-    outside = np.maximum(np.abs(_natural(at - problem.upper, bounds)), np.abs(_natural(problem.lower - at, -bounds)))
-    parts = (
-        np.abs(stationarity) / size_dual, np.abs(gap) / (size_primal + limit), outside / size_primal,
-        np.maximum(-rows[me:], 0.0) / size_dual,
-    )  # fmt: skip
-    return max(float(part.max(initial=0.0)) for part in parts) if np.isfinite(stationarity).all() else np.nan
+    length = _row_largest(problem.rows, units)
+    curvature = float(np.max(np.maximum(diagonal, 0.0) * units**2, initial=0.0))
+    reach = max(_largest(primal / units), LIMITS * _largest(limit[length > 0.0] / length[length > 0.0]))
+    if curvature > 0.0:
+        reach = max(reach, _largest(problem.linear * units) / curvature)
+    for sides in (problem.lower, problem.upper):
+        reach = max(reach, LIMITS * _largest(np.where(np.isfinite(sides), sides, 0.0) / units[problem.bounded]))
+    stationarity = problem.hessian @ primal - problem.linear + problem.rows.T @ rows
+    terms = hessian @ np.abs(primal) + np.abs(problem.linear) + normals.T @ np.abs(rows)
+    np.add.at(stationarity, problem.bounded, bounds)
+    np.add.at(terms, problem.bounded, np.abs(bounds))
+    if not np.isfinite(stationarity).all():
+        return np.nan
+    terms = terms + GLOBAL * max(curvature * reach * LIMITS, _largest(terms * units)) / units
+    gap = problem.rows @ primal - problem.rhs
+    size = normals @ np.abs(primal) + limit + GLOBAL * reach * length
+    pull = np.abs(rows) * _row_largest(problem.rows, 1.0 / np.where(terms > 0.0, terms, np.inf))
+    violation = _ratio(np.abs(gap), size)
+    inner = np.arange(len(gap)) >= me
+    violation = np.where(inner & (gap <= 0.0), np.where(rows > 0.0, np.minimum(violation, pull), 0.0), violation)
+    wrong = np.where(inner & (rows < 0.0), pull, 0.0)
+    force = _ratio(np.abs(bounds), terms[problem.bounded])
+    outside = np.zeros(len(bounds))
+    for past, pushed in ((at - problem.upper, bounds > 0.0), (problem.lower - at, bounds < 0.0)):
+        scale = np.abs(at) + np.where(np.isfinite(past), np.abs(at - np.where(np.isfinite(past), past, 0.0)), np.inf)
+        amount = _ratio(np.abs(past), scale + GLOBAL * reach * units[problem.bounded])
+        amount = np.where(np.isfinite(past), amount, np.inf)
+        outside = np.maximum(outside, np.where(past > 0.0, amount, np.where(pushed, np.minimum(amount, force), 0.0)))
+    parts = (_ratio(np.abs(stationarity), terms), violation, wrong, outside)
+    return max(_largest(part) for part in parts)
 
 
-def _natural(gap: FloatArray, multiplier: FloatArray) -> FloatArray:
-    """Violation of ``gap <= 0, multiplier >= 0, gap * multiplier = 0``."""
-    return np.where(gap > 0.0, gap, np.where(multiplier > 0.0, np.maximum(gap, -multiplier), 0.0))
+def _ratio(amount: FloatArray, size: FloatArray) -> FloatArray:
+    """Divide; zero over zero is zero."""
+    return np.where(amount > 0.0, amount / np.where(size > 0.0, size, np.finfo(np.float64).tiny), 0.0)
 
 
-# --- linear systems ---------------------------------------------------------------------------------------------------
+def _row_largest(matrix: Any, weights: FloatArray) -> FloatArray:
+    """Return the largest entry ``|matrix_ij| weights_j`` of every row."""
+    if not matrix.shape[1]:
+        return np.zeros(matrix.shape[0])
+    weighted = abs(matrix @ sp.diags_array(weights)) if sp.issparse(matrix) else np.abs(matrix) * weights
+    largest = weighted.max(axis=1)
+    return np.asarray(largest.todense()).ravel() if sp.issparse(largest) else np.asarray(largest)
 
 
 class _DenseSystem:
@@ -905,6 +938,20 @@ def is_farkas(problem: Problem, rows: FloatArray, bounds: FloatArray, columns: F
         _largest(limit[held] / units[problem.bounded[held]]),
     )
     return value < -1e-9 * size and float(np.abs(units * total).sum()) * _REACH * far <= -value
+
+
+def proves_infeasible(values: QPValues, result: Result, item: int) -> bool:
+    """Whether the multipliers of one item are a Farkas combination (:func:`is_farkas`) of its rows and limits."""
+    rows, bounds = result.rows[item].copy(), result.bounds[item]
+    if not (np.isfinite(rows).all() and np.isfinite(bounds).all()):
+        return False
+    matrix = values.rows[item if len(values.rows) > 1 else 0]
+    rows[values.num_equalities :] = np.maximum(rows[values.num_equalities :], 0.0)
+    problem = Problem(
+        None, values.rhs_primal[item], matrix, values.num_equalities, values.rhs_rows[item], values.bounded,
+        values.lower[item], values.upper[item],
+    )  # fmt: skip
+    return is_farkas(problem, rows, bounds)
 
 
 def is_ray(problem: Problem, ray: FloatArray, columns: FloatArray | None = None) -> bool:

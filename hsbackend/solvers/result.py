@@ -74,3 +74,9 @@ class Result:
             np.zeros(batch, dtype=np.int64),
             None,
         )
+
+    def take(self, items: IndexArray) -> Result:
+        """Return the results of some items, without a face."""
+        return Result(
+            self.primal[items], self.rows[items], self.bounds[items], self.status[items], self.steps[items], None
+        )

@@ -1,13 +1,13 @@
-"""Linear programs and semidefinite Hessians: proximal steps, and the selection of least norm among the optima.
+"""Linear programs and semidefinite Hessians: one optimum, and the selection of least norm among the optima.
 
-An item is solved in four steps, each of which can be checked against the data.
+An item is solved in three steps, each of which can be checked against the data.
 
 1. The active set with proximal steps (:mod:`hsbackend.solvers.active_set`), on the variables without curvature where
-   that makes ``H + delta I_S`` positive definite on null(E), on all variables otherwise. The loop is finite.
-2. The KKT conditions are checked against the data, and a poor answer is refined on its face.
-3. What did not converge is unbounded exactly when the projection of -q onto the cone of directions
-   ``{H d = 0, E d = 0, G d <= 0}`` is not zero; otherwise it is tried again with other weights.
-4. With a multiplier (y, z) of an optimum x, the optima are the feasible points x + d with ``H d = 0, E d = 0`` and
+   that makes ``H + delta I_S`` positive definite on null(E), on all variables otherwise. The KKT conditions are checked
+   against the data, and a poor answer is refined on its face.
+2. What that did not solve goes to the interior-point method (:mod:`hsbackend.solvers.interior_point`): it solves the
+   item or shows with a certificate that there is no optimum.
+3. With a multiplier (y, z) of an optimum x, the optima are the feasible points x + d with ``H d = 0, E d = 0`` and
    ``N_supp d = 0``, N_supp the rows with a positive multiplier. Where they differ in the variables that are read, the
    one of least norm in them is found by a second, strictly convex problem in a basis of these directions.
 
@@ -25,13 +25,11 @@ from numpy.typing import NDArray
 from hsbackend.batched import matvec
 from hsbackend.face import Face, GramFace, LeastNormFace
 from hsbackend.program import FloatArray, IndexArray, QPValues
-from hsbackend.solvers import active_set
+from hsbackend.solvers import active_set, interior_point
 from hsbackend.solvers.result import Options, Result
 from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
-#: Weights tried one after the other, relative to the largest curvature.
-_WEIGHTS = (active_set.PROXIMAL_WEIGHT, 1e-2, 1.0, 1e-7)
 #: Negative curvature, relative to the largest, that is rounding.
 _NEGATIVE = 1e-10
 #: Multipliers below this, relative to the cost, are zero.
@@ -114,7 +112,7 @@ def _without_invalid(values: QPValues) -> tuple[QPValues, Mask]:
 
 def solve(
     values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None = None,
-    warm: WarmStart | None = None,
+    warm: WarmStart | None = None, start: Result | None = None,
 ) -> Result:  # fmt: skip
     """Solve a batch of problems with a positive semidefinite Hessian.
 
@@ -124,12 +122,13 @@ def solve(
         read: (n,) variables that somebody reads; their norm selects among the optima.
         setup: factored constant data; only for Hessian and rows shared by the batch.
         warm: first guesses, one per item.
+        start: what another solver found; its failures are left to the interior-point method alone.
 
     Returns:
         Result with ``non_unique``, and a :class:`~hsbackend.face.LeastNormFace`.
     """
     values, invalid = _without_invalid(values)
-    result = _optimum(values, options, read, setup, warm)
+    result = _optimum(values, options, read, setup, warm, start)
     result.status[invalid] = Status.INVALID_INPUT
     face = result.face
     if not isinstance(face, LeastNormFace):  # every item failed before there was a face
@@ -180,69 +179,44 @@ def _hold_active(values: QPValues, options: Options, result: Result, face: Least
 
 
 def _optimum(
-    values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None, warm: WarmStart | None
-) -> Result:
+    values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None, warm: WarmStart | None,
+    start: Result | None,
+) -> Result:  # fmt: skip
     """Find one optimum of every item, or the reason why there is none."""
     every = np.arange(values.num_variables, dtype=np.int64)
     convex = _convex(values.hessian) if setup is None else np.array([setup.convex])
     if convex.shape[0] == 1 and not convex[0]:
         return Result.failed(values, Status.NOT_STRICTLY_CONVEX)
-    flat = values.proximal if setup is None else setup.proximal
-    enough = 0 < len(flat) < len(every)
-    first = replace(values, proximal=flat if enough else every)
-    result = _proximal(first, options, read, setup and setup.gram, _WEIGHTS[0], warm)
-    decided = result.status == Status.INVALID_INPUT
-    examined = np.zeros(values.batch, dtype=bool)
-    for weight in (*_WEIGHTS[0 if enough else 1 :], None):
-        failed = (result.status != Status.SOLVED) & convex & ~decided
-        for b in np.flatnonzero(failed & ~examined & (result.status != Status.NOT_STRICTLY_CONVEX)):
-            decided[b] = _examine(values, options, result, int(b))
-            examined[b] = True
-        left = np.flatnonzero(failed & ~decided)
-        if not len(left):
-            break
-        result.status[left] = Status.NOT_CONVERGED
-        if weight is not None:
-            result = _merge(
-                result, _proximal(replace(values, proximal=every).take(left), options, read, None, weight), left
-            )
-    if convex.shape[0] > 1:
-        result.status[~convex & (result.status != Status.INVALID_INPUT)] = Status.NOT_STRICTLY_CONVEX
+    if start is None:
+        flat = values.proximal if setup is None else setup.proximal
+        enough = 0 < len(flat) < len(every)
+        first = replace(values, proximal=flat if enough else every)
+        result = _proximal(first, options, read, setup and setup.gram, warm)
+    else:
+        result = replace(start, face=_no_face(values, read))
+    convex = np.broadcast_to(convex, (values.batch,))
+    left = np.flatnonzero((result.status != Status.SOLVED) & (result.status != Status.INVALID_INPUT) & convex)
+    if len(left) and isinstance(result.face, LeastNormFace):
+        part = values.take(left)
+        found = interior_point.solve(part, options)
+        sides = interior_point.active_sides(part, found.primal, found.rows, found.bounds)
+        result.primal[left], result.rows[left], result.bounds[left] = found.primal, found.rows, found.bounds
+        result.status[left] = found.status
+        result.steps[left] += found.steps
+        result.face.active_rows[left], result.face.active_bounds[left] = sides
+        result = replace(result, face=replace(result.face))
+    result.status[~convex & (result.status != Status.INVALID_INPUT)] = Status.NOT_STRICTLY_CONVEX
     return result
 
 
-def _examine(values: QPValues, options: Options, result: Result, b: int) -> bool:
-    """Decide, without a cost in the way, whether an item has no optimum; if so set its status and return True."""
-    nearest = replace(
-        values.take(np.array([b])), hessian=np.ones((1, values.num_variables)),
-        rhs_primal=np.zeros((1, values.num_variables)), proximal=np.zeros(0, dtype=np.int64),
-    )  # fmt: skip
-    found = active_set.solve(nearest, replace(options, keep_face=False))
-    if found.status[0] == Status.INFEASIBLE:
-        result.status[b], result.rows[b], result.bounds[b] = found.status[0], found.rows[0], found.bounds[0]
-        return True
-    if found.status[0] == Status.SOLVED and _Item(values, b).has_ray():
-        result.status[b] = Status.UNBOUNDED
-        return True
-    return False
-
-
-def _merge(result: Result, found: Result, items: IndexArray) -> Result:
-    """Overwrite some items; their faces are factored again."""
-    result.primal[items], result.rows[items], result.bounds[items] = found.primal, found.rows, found.bounds
-    result.status[items] = found.status
-    result.steps[items] += found.steps
-    if isinstance(result.face, LeastNormFace) and isinstance(found.face, LeastNormFace):
-        result.face.active_rows[items] = found.face.active_rows
-        result.face.active_bounds[items] = found.face.active_bounds
-        return replace(result, face=replace(result.face))
-    return result
+def _no_face(values: QPValues, read: Mask) -> LeastNormFace:
+    rows = np.zeros((values.batch, values.rows.shape[1]), dtype=np.int64)
+    return LeastNormFace(values, rows, np.zeros((values.batch, len(values.bounded)), dtype=np.int64), read)
 
 
 def _proximal(
-    values: QPValues, options: Options, read: Mask, gram: active_set.GramSetup | None, weight: float,
-    warm: WarmStart | None = None,
-) -> Result:  # fmt: skip
+    values: QPValues, options: Options, read: Mask, gram: active_set.GramSetup | None, warm: WarmStart | None
+) -> Result:
     """Run the proximal loop and check its answer against the data; its face is a LeastNormFace without selection."""
     cost, size = _units(values)
     scaled = replace(
@@ -252,24 +226,19 @@ def _proximal(
         lower=values.lower / size[:, None],
         upper=values.upper / size[:, None],
     )
-    shared = values.hessian.shape[0] == 1 and values.rows.shape[0] == 1
-    if gram is None and shared:
-        gram = active_set.GramSetup(
-            values.hessian, values.rows, values.num_equalities, values.bounded, values.proximal, weight
-        )
     if warm is not None:
         warm = replace(warm, primal=warm.primal / size[:, None])
-    result = active_set.solve(scaled, replace(options, keep_face=True), gram, warm, weight)
+    result = active_set.solve(scaled, replace(options, keep_face=True), gram, warm)
     result.primal[:] *= size[:, None]
     result.rows[:] *= cost[:, None]
     result.bounds[:] *= cost[:, None]
-    batch = values.batch
+    free = ~values.hessian.any(axis=tuple(range(1, values.hessian.ndim))) & ~values.rhs_primal.any(axis=1)
+    result.rows[free] = 0.0  # what holds a feasible point without any cost is rounding
+    result.bounds[free] = 0.0
+    face = _no_face(values, read)
     if isinstance(result.face, GramFace):
-        rows, bounds = result.face.active_rows.copy(), result.face.active_bounds.copy()
-    else:
-        rows = np.zeros((batch, values.rows.shape[1]), dtype=np.int64)
-        bounds = np.zeros((batch, len(values.bounded)), dtype=np.int64)
-    return active_set.verify(values, options, replace(result, face=LeastNormFace(values, rows, bounds, read)))
+        face = replace(face, active_rows=result.face.active_rows.copy(), active_bounds=result.face.active_bounds.copy())
+    return active_set.verify(values, options, replace(result, face=face))
 
 
 def _units(values: QPValues) -> tuple[FloatArray, FloatArray]:
@@ -340,16 +309,6 @@ class _Item:
             return np.eye(len(self.linear))
         _, singular, right = np.linalg.svd(stacked, full_matrices=True)
         return right[int(np.sum(singular > _RANK * singular.max(initial=0.0))) :].T
-
-    def has_ray(self) -> bool:
-        """Whether the objective falls without end along a direction that the rows allow from everywhere."""
-        size = float(np.linalg.norm(self.linear))
-        basis = self._directions(self.equality)
-        rest = ~self.equality & np.isfinite(self.limits)
-        if not size or not basis.shape[1]:
-            return False
-        ray = basis @ _project_onto_cone(self.normals[rest] @ basis, -(basis.T @ self.linear / size)[None])[0]
-        return bool(np.linalg.norm(ray) > _RAY)
 
     def select(
         self, result: Result, options: Options, read: Mask
