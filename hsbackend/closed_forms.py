@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hsbackend.families.family import Choice
-from hsbackend.operators import outer_tangents, transforms_active
+from hsbackend.operators import outer_tangents, transforms_active, values_only
 from hsbackend.status import SolveError, Status, failure_message
 
 
@@ -164,7 +165,7 @@ def clip(v: Tensor, lower: Tensor | None, upper: Tensor | None, asked: Asked) ->
         if lower is not None:
             above = above | (lower >= upper)
         x = torch.where(above, upper, x)
-    invalid = ~x.isfinite().all(-1)
+    invalid = ~x.isfinite().all(-1) | v.isnan().any(-1)  # a bound may hide a NaN in the point
     infeasible = torch.zeros((), dtype=torch.bool, device=v.device)
     if lower is not None and upper is not None:
         infeasible = (lower - upper > _allowance(v) * (1.0 + upper.abs())).any(-1)
@@ -232,5 +233,8 @@ def step_to_affine(v: Tensor, A: Tensor, b: Tensor, pseudo: Tensor, outside: Ten
 def pseudo_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``A^+`` (n, p) and ``I - A A^+`` (p, p) in float64; dependent rows do not count."""
     exact = A.to(torch.float64)
-    pseudo = torch.linalg.pinv(exact, rtol=1e-11)
+    if values_only() and not torch.compiler.is_compiling() and exact.device.type == "cpu":
+        pseudo = torch.from_numpy(np.linalg.pinv(exact.numpy(), rcond=1e-11))  # does not ask torch for its threads
+    else:
+        pseudo = torch.linalg.pinv(exact, rtol=1e-11)
     return pseudo, torch.eye(A.shape[-2], dtype=torch.float64, device=A.device) - exact @ pseudo

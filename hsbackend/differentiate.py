@@ -179,15 +179,16 @@ class _ParameterGradient:
     ) -> FloatArray:
         """Return the gradient, (B, size), or (size,) summed over the batch."""
         batch = u.shape[0]
-        out = np.zeros((1 if summed else batch, self.size))
-        if summed:
+        total = summed and batch != 1  # one item: the bits it has in a batch
+        out = np.zeros((1 if total else batch, self.size))
+        if total:
             self._add_linear(u.sum(axis=0, keepdims=True), w.sum(axis=0, keepdims=True), out)
         else:
             self._add_linear(u, w, out)
         for part, sign, left in ((self._matrix, -1.0, multipliers), (self._quadratic, -0.5, primal)):
             if part is not None and batch:
                 arguments = (sign, left, u, w if part is self._matrix else u, primal)
-                if summed:
+                if total:
                     part.add_total_to(*arguments, out[0])
                 else:
                     part.add_to(*arguments, out)

@@ -4,8 +4,9 @@ Each is :func:`hsbackend.project` with the set made on the way: any axis, negati
 axes. What describes the set is a float or a tensor. With *batch* the axes of x without ``dim``, in their order, a
 tensor of one number per item has shape (*batch*) or one that broadcasts to it; a tensor of one number per coordinate
 has as many axes as x, laid out like x, or is (n,). The keyword arguments ``weight`` (one number per coordinate),
-``jacobian`` and ``on_failure`` are those of :func:`hsbackend.project`, and so are what is returned, what is raised and
-what can be differentiated. :class:`hsbackend.Polyhedron` describes the sets, their cost and sources.
+``jacobian`` and ``on_failure`` are those of :func:`hsbackend.project` (``"closest"`` is for sets given by rows), and so
+are what is returned, what is raised and what can be differentiated. :class:`hsbackend.Polyhedron` describes the sets,
+their cost and sources.
 """
 
 from __future__ import annotations

@@ -420,15 +420,18 @@ class Plan:
         # A variable whose bounds cross has no value; the solvers take bounds for granted. Rounding may cross them too.
         crossing = lower > upper
         if crossing.any():
-            middle = np.where(np.isfinite(lower) & np.isfinite(upper), 0.5 * (lower + upper), 0.0)
-            gap = lower - upper
-            lower[crossing] = upper[crossing] = middle[crossing]
-            crossing &= ~(gap <= 1e-9 * (1.0 + np.abs(middle)))
+            low, high = lower[crossing], upper[crossing]
+            finite = np.isfinite(low) & np.isfinite(high)
+            middle, gap = np.zeros(len(low)), np.full(len(low), np.inf)
+            middle[finite] = 0.5 * (low[finite] + high[finite])
+            gap[finite] = low[finite] - high[finite]
+            lower[crossing] = upper[crossing] = middle
+            crossing[crossing] = ~(gap <= 1e-9 * (1.0 + np.abs(middle)))
         return lower, upper, lower_slot, upper_slot, crossing
 
     def _run(self, values: QPValues, options: Options, warm: WarmStart | None) -> Result:
         if self.route.solver == "reference":
-            return reference.solve(values, options)
+            return active_set.verify(values, options, reference.solve(values, options))
         start = None if warm is None else warm.match(values)
         if self._semidefinite:
             return semidefinite.solve(values, options, self._seen, self._semidefinite_setup, start)

@@ -25,6 +25,7 @@ from hsbackend import sets
 from hsbackend.closed_forms import Asked
 from hsbackend.families.family import Choice
 from hsbackend.qp import OnFailure, check_options
+from hsbackend.status import InvalidOptionError
 
 
 class Polyhedron:
@@ -378,8 +379,10 @@ def project(
         weight: (..., n) or (..., k1, k2) tensor h > 0, the diagonal metric; None for the Euclidean one.
         jacobian: which element of the Han-Sun set the derivative is, where there is more than one: ``"active"`` holds
             every constraint that holds with equality (to rounding), ``"support"`` those with a multiplier.
-        on_failure: ``"raise"``, or ``"nan"`` to return NaN for the items that fail. Under ``torch.func.vmap`` and
-            ``torch.compile`` they are NaN in any case.
+        on_failure: ``"raise"``; ``"nan"`` to return NaN for the items that fail; or, for a set given by rows,
+            ``"closest"`` to project on the closest set that is not empty where C is: with the shift of the limits of
+            least Euclidean norm (:func:`hsbackend.solve_qp`). Under ``torch.func.vmap`` and ``torch.compile`` failing
+            items are NaN in any case.
 
     Returns:
         x like v: dtype, device, shape (after broadcasting the batch axes). float16 and bfloat16 are computed in
@@ -393,7 +396,7 @@ def project(
             counted over the flattened batch axes.
         TypeError: if v is not floating point, or ``polyhedron`` is not a :class:`Polyhedron`.
         ValueError: if shapes do not fit.
-        InvalidOptionError: if an option has an unknown value.
+        InvalidOptionError: if an option has an unknown value, or ``on_failure="closest"`` with a named set.
 
     Notes:
         The cost is that of the set's algorithm. At points where several faces meet the projection is not
@@ -407,15 +410,33 @@ def project(
     if not isinstance(polyhedron, Polyhedron):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected a hsbackend.Polyhedron, got {type(polyhedron).__name__}")
     point = _checked("v", v, polyhedron.event_shape)
-    asked = Asked(jacobian, on_failure == "raise")
+    rescue = on_failure == "closest"
+    if rescue:
+        check_rescue(polyhedron)
+    asked = Asked(jacobian, on_failure != "nan")
     scale = None if weight is None else _checked("weight", weight, polyhedron.event_shape)
     if scale is not None:
         scale = scale.to(dtype=point.dtype, device=point.device)
     device = v.device.type
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        x = polyhedron._set.project(point, scale, asked)  # pyright: ignore[reportPrivateUsage]
+        if rescue:
+            x = sets.project_rows(point, scale, asked, polyhedron.general(), polyhedron.event_shape, rescue=True)
+        else:
+            x = polyhedron._set.project(point, scale, asked)  # pyright: ignore[reportPrivateUsage]
     return x if autocast or x.dtype == v.dtype else x.to(v.dtype)
+
+
+def check_rescue(polyhedron: Polyhedron) -> None:
+    """Refuse ``on_failure="closest"`` for sets that are not given by rows."""
+    if polyhedron.kind == "polyhedron":
+        return
+    advice = "Polyhedron(*polyhedron.general()) is the same set by rows, whose limits can be shifted"
+    if polyhedron.kind in ("l1_ball", "weighted_l1_ball"):
+        advice = "an l1 ball is empty only where its radius is negative: clamp the radius"
+    raise InvalidOptionError(
+        f'on_failure="closest" needs a polyhedron given by rows, got one of kind {polyhedron.kind!r}: {advice}'
+    )
 
 
 def _checked(name: str, tensor: Tensor, event: tuple[int, ...]) -> Tensor:

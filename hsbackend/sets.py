@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from hsbackend import operators, qp_operators
+from hsbackend import closest, operators, qp_operators, qp_program
 from hsbackend.closed_forms import Asked, clip, pseudo_inverse, settle, step_to_affine, step_to_row
 from hsbackend.operators import dual_level_open, transforms_active
 from hsbackend.qp import flatten
@@ -175,8 +175,10 @@ class Set:
         return found
 
 
-def project_rows(v: Tensor, weight: Tensor | None, asked: Asked, rows: Rows, event: Shape) -> Tensor:
-    """Project on rows with the general solvers, in float64."""
+def project_rows(
+    v: Tensor, weight: Tensor | None, asked: Asked, rows: Rows, event: Shape, rescue: bool = False
+) -> Tensor:
+    """Project on rows with the general solvers, in float64; with ``rescue``, on the closest set where it is empty."""
     n = math.prod(event)
     point, scale = (tensor.flatten(-2) if tensor is not None and len(event) == 2 else tensor for tensor in (v, weight))
     p, m = (0 if right is None else right.shape[-1] for right in (rows.b, rows.h))
@@ -192,7 +194,7 @@ def project_rows(v: Tensor, weight: Tensor | None, asked: Asked, rows: Rows, eve
     }
     own = {name: None if tensor is None else tensor.to(v.device) for name, tensor in rows._asdict().items()}
     constants = tuple(
-        name for name, tensor in own.items() if tensor is not None and qp_operators.constant(tensor, shapes[name])
+        name for name, tensor in own.items() if tensor is not None and qp_program.constant(tensor, shapes[name])
     )
     flat, batch = flatten({"point": point, "weight": scale, **own}, shapes)
     point, scale, *data = (
@@ -202,8 +204,9 @@ def project_rows(v: Tensor, weight: Tensor | None, asked: Asked, rows: Rows, eve
     linear = -point if scale is None else -scale * point
     if linear.shape[0] != batch.numel():
         linear = linear.expand(batch.numel(), n)
-    settings = qp_operators.Settings(jacobian=asked.jacobian, strict=asked.strict, constants=constants)
-    x = qp_operators.solve(settings, qp_operators.Data(scale, linear, *data))[0]
+    settings = qp_program.Settings(jacobian=asked.jacobian, strict=asked.strict, constants=constants, identity=True)
+    program = qp_program.Data(scale, linear, *data)
+    x = closest.solve(settings, program)[0][0] if rescue else qp_operators.solve(settings, program)[0]
     if scale is not None:  # a program may be convex although its Hessian is not positive
         nowhere = torch.zeros((), dtype=torch.bool, device=x.device)
         x = settle(x, point, ~(scale > 0.0).all(-1), nowhere, asked)

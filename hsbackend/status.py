@@ -28,6 +28,8 @@ class Status(IntEnum):
     """The requested tolerance was not reached: check the conditioning of the data or loosen ``tolerance``."""
     NOT_STRICTLY_CONVEX = 5
     """The Hessian of this item has negative curvature, or is singular and the solver asked for cannot take that."""
+    CLOSEST = 6
+    """Infeasible; the returned point solves the closest feasible problem (``on_failure="closest"``)."""
 
     @property
     def sentence(self) -> str:
@@ -37,6 +39,8 @@ class Status(IntEnum):
 
 #: A message names this many conflicting rows at the most.
 _MOST_ROWS = 6
+#: And this many items.
+NAMED_ITEMS = 10
 _SENTENCES = {
     Status.SOLVED: "solved",
     Status.INFEASIBLE: "infeasible",
@@ -46,6 +50,7 @@ _SENTENCES = {
     Status.NOT_STRICTLY_CONVEX: (
         "the Hessian is not positive semidefinite, or not positive definite for the solver asked for"
     ),
+    Status.CLOSEST: "infeasible, solved with the limits of the closest feasible problem",
 }
 
 
@@ -79,22 +84,27 @@ def failure_message(status: NDArray[np.int8], conflicts: Mapping[int, Sequence[s
 
     Args:
         status: (B,) codes.
-        conflicts: for infeasible items, the names of the rows that cannot hold together.
+        conflicts: for infeasible items, the names of the rows that cannot hold together; for unbounded ones, the names
+            of the variables that run off.
 
     Returns:
         ``"2 of 8 items failed: item 3: infeasible, row 4 and row 9 conflict; item 5: ..."``, ten items at most.
     """
-    failing = np.flatnonzero(status != Status.SOLVED)
+    failing = np.flatnonzero((status != Status.SOLVED) & (status != Status.CLOSEST))
     parts: list[str] = []
-    for item in failing[:10]:
+    for item in failing[:NAMED_ITEMS]:
         text = f"item {item}: {Status(int(status[item])).sentence}"
+        unbounded = status[item] == Status.UNBOUNDED
         rows = list(conflicts.get(int(item), ()))
         if len(rows) > _MOST_ROWS:
-            rows = [*rows[: _MOST_ROWS - 1], f"{len(rows) - _MOST_ROWS + 1} more rows"]
+            rows = [
+                *rows[: _MOST_ROWS - 1],
+                f"{len(rows) - _MOST_ROWS + 1} more {'' if unbounded else 'rows'}".rstrip(),
+            ]
         if len(rows) == 1:
-            text += f", {rows[0]} cannot hold"
+            text += f", {rows[0]} {'runs off to infinity' if unbounded else 'cannot hold'}"
         elif rows:
-            text += f", {', '.join(rows[:-1])} and {rows[-1]} conflict"
+            text += f", {', '.join(rows[:-1])} and {rows[-1]} {'run off to infinity' if unbounded else 'conflict'}"
         parts.append(text)
-    more = f"; and {len(failing) - 10} more" if len(failing) > 10 else ""
+    more = f"; and {len(failing) - NAMED_ITEMS} more" if len(failing) > NAMED_ITEMS else ""
     return f"{len(failing)} of {len(status)} items failed: {'; '.join(parts)}{more}"

@@ -192,45 +192,50 @@ def finish(values: QPValues, options: Options, result: Result, gram_setup: Calla
     return result
 
 
-def _residuals(
+def residuals(
     values: QPValues, primal: FloatArray, rows: FloatArray, bounds: FloatArray
 ) -> tuple[tuple[FloatArray, FloatArray, FloatArray], FloatArray]:
     """Return the signed residuals, stationarity (B, n), rows (B, m) and bounds (B, nb), and the worst (B,)."""
-    residuals = (np.empty(primal.shape), np.empty(rows.shape), np.empty(bounds.shape))
+    signed = (np.empty(primal.shape), np.empty(rows.shape), np.empty(bounds.shape))
     worst = np.empty(values.batch)
     hessian = values.hessian[:, None, :] if values.diagonal else values.hessian
     work = float(hessian[0].size + 2 * values.rows[0].size)
     for_each_item(
         kkt_residuals, values.batch, work, hessian, values.diagonal, values.rhs_primal, values.rows, values.rhs_rows,
-        values.num_equalities, values.bounded, values.lower, values.upper, primal, rows, bounds, *residuals, worst,
+        values.num_equalities, values.bounded, values.lower, values.upper, primal, rows, bounds, *signed, worst,
     )  # fmt: skip
-    return residuals, worst
+    return signed, worst
 
 
-def verify(values: QPValues, options: Options, result: Result) -> Result:
-    """Check the KKT conditions against the data themselves, refine once where needed, and mark what still fails.
+def verify(values: QPValues, options: Options, result: Result, good: float = 1e-3) -> Result:
+    """Check the KKT conditions against the data themselves, refine where needed, and mark what still fails.
 
     The solver works with the Gram matrix; an ill-conditioned Hessian can make a solution that is exact there
-    inaccurate here. The residual is relative: stationarity to the largest of its terms, violations to the limit and
-    the point.
+    inaccurate here. The residual is that of :mod:`hsbackend.solvers._verify_kernels`, componentwise.
+
+    Args:
+        values: the problems.
+        options: tolerances.
+        result: overwritten where it is refined.
+        good: residual, relative to the tolerance, up to which nothing is refined.
     """
     solved = result.status == Status.SOLVED
-    residuals, worst = _residuals(values, result.primal, result.rows, result.bounds)
+    signed, worst = residuals(values, result.primal, result.rows, result.bounds)
     for _ in range(2):
         # Near the tolerance a refinement is cheap insurance; further away it is needed.
-        poor = np.flatnonzero(solved & ~(worst <= 1e-3 * options.tolerance))
+        poor = np.flatnonzero(solved & ~(worst <= good * options.tolerance))
         if not len(poor) or result.face is None:
             break
-        correction = result.face.kkt_solve(*(-part for part in residuals))
+        correction = result.face.kkt_solve(*(-part for part in signed))
         primal = result.primal + correction.primal
         rows, bounds = result.rows + correction.rows, result.bounds + correction.bounds
-        residuals_after, after = _residuals(values, primal, rows, bounds)
+        signed_after, after = residuals(values, primal, rows, bounds)
         # A face with nearly dependent rows may answer rounding with large multipliers of the wrong sign: keep what
         # helps.
         better = poor[after[poor] < worst[poor]]
         for old, new in zip((result.primal, result.rows, result.bounds), (primal, rows, bounds), strict=True):
             old[better] = new[better]
-        for old, new in zip(residuals, residuals_after, strict=True):
+        for old, new in zip(signed, signed_after, strict=True):
             old[better] = new[better]
         worst[better] = after[better]
     result.status[solved & ~(worst <= options.tolerance)] = Status.NOT_CONVERGED

@@ -15,8 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hsbackend.batched import vecmat
-from hsbackend.face import KKTSolution, LeastNormFace, Mask, MixedFace
+from hsbackend.face import KKTSolution, LeastNormFace, MixedFace
 from hsbackend.program import FloatArray, QPValues
 from hsbackend.solvers import active_set
 from hsbackend.solvers.result import Options, Result
@@ -24,8 +23,8 @@ from hsbackend.status import Status
 
 #: Multipliers of the wrong sign up to this, relative to the largest, are rounding.
 _NEGATIVE = 1e-11
-#: Largest accepted change of ``N'w``, relative to its terms.
-_RESIDUAL = 1e-12
+#: KKT residual that is as good as any.
+_RESIDUAL = 1e-11
 
 
 def refine(values: QPValues, options: Options, result: Result) -> Result:
@@ -44,34 +43,33 @@ def refine(values: QPValues, options: Options, result: Result) -> Result:
     items = np.flatnonzero(result.face.dependent & (result.status == Status.SOLVED)).astype(np.int64)
     if not len(items):
         return result
-    part = values.take(items)
-    face = LeastNormFace(part, result.face.active_rows[items], result.face.active_bounds[items], _every(part))
-    change = _change(part, face, result.rows[items], result.bounds[items])
-    # What a solver calls dependent may be only nearly so: then its vertex is the only point.
-    keep = np.flatnonzero(face.dependent & (change <= _RESIDUAL))
-    if len(keep) < len(items):
-        items, part = items[keep], part.take(keep)
-        face = LeastNormFace(part, face.active_rows[keep], face.active_bounds[keep], face.read)
-    if not len(items):
-        return result
+    part, before = values.take(items), result.take(items)
+    every = np.ones(values.num_variables, dtype=bool)
+    face = LeastNormFace(part, result.face.active_rows[items], result.face.active_bounds[items], every)
     found = _unsigned(part, face)
     equality = np.arange(values.rhs_rows.shape[1]) < values.num_equalities
     fixed = part.lower == part.upper
     pushing = np.concatenate(
         [np.where(equality, 0.0, found.rows), np.where(fixed, 0.0, found.bounds * face.active_bounds)], axis=1
     )
-    signed = pushing.min(axis=1, initial=0.0) >= -_NEGATIVE * np.abs(pushing).max(axis=1, initial=0.0)
-    free = np.flatnonzero(signed)
-    result.rows[items[free]] = np.where(equality | (found.rows > 0.0), found.rows, 0.0)[free]
-    result.bounds[items[free]] = np.where(fixed | (found.bounds * face.active_bounds > 0.0), found.bounds, 0.0)[free]
-    for b in np.flatnonzero(~signed):
-        _project(part, options, int(b), face, found, result, int(items[b]))
-    kept = face if len(items) == values.batch else MixedFace(result.face, face, items)
-    return replace(result, face=kept)
-
-
-def _every(values: QPValues) -> Mask:
-    return np.ones(values.num_variables, dtype=bool)
+    wrong = pushing.min(axis=1, initial=0.0) < -_NEGATIVE * np.abs(pushing).max(axis=1, initial=0.0)
+    rows = np.where(equality | (found.rows > 0.0), found.rows, 0.0)
+    bounds = np.where(fixed | (found.bounds * face.active_bounds > 0.0), found.bounds, 0.0)
+    for b in np.flatnonzero(wrong & face.dependent):
+        projected = _project(part, options, int(b), face, found)
+        if projected is not None:
+            rows[b], bounds[b] = projected
+    # What a solver calls dependent may be only nearly so: then its vertex is the only point.
+    old = active_set.residuals(part, before.primal, before.rows, before.bounds)[1]
+    new = active_set.residuals(part, before.primal, rows, bounds)[1]
+    keep = np.flatnonzero(face.dependent & (new <= np.maximum(10.0 * old, _RESIDUAL)))
+    if not len(keep):
+        return result
+    items = items[keep]
+    result.rows[items], result.bounds[items] = rows[keep], bounds[keep]
+    if len(keep) < len(part.rhs_primal):
+        face = LeastNormFace(part.take(keep), face.active_rows[keep], face.active_bounds[keep], every)
+    return replace(result, face=face if len(items) == values.batch else MixedFace(result.face, face, items))
 
 
 def _unsigned(values: QPValues, face: LeastNormFace) -> KKTSolution:
@@ -81,26 +79,10 @@ def _unsigned(values: QPValues, face: LeastNormFace) -> KKTSolution:
     return face.kkt_solve(values.rhs_primal, np.where(face.active_rows != 0, values.rhs_rows, 0.0), limits)
 
 
-def _change(values: QPValues, face: LeastNormFace, rows: FloatArray, bounds: FloatArray) -> FloatArray:
-    """Return (B,) how much the multipliers of least norm change ``N'w``, relative to its terms."""
-    found = _unsigned(values, face)
-    before, after = (_pull(values, *pair) for pair in ((rows, bounds), (found.rows, found.bounds)))
-    size = np.abs(_pull(replace(values, rows=np.abs(values.rows)), np.abs(rows), np.abs(bounds)))
-    change = np.abs(after - before).max(axis=1, initial=0.0)
-    return change / np.maximum(size.max(axis=1, initial=0.0), np.finfo(np.float64).tiny)
-
-
-def _pull(values: QPValues, rows: FloatArray, bounds: FloatArray) -> FloatArray:
-    """Return ``N'w`` (B, n), bounds included."""
-    pulled = vecmat(rows, values.rows)
-    pulled[:, values.bounded] += bounds
-    return pulled
-
-
 def _project(
-    part: QPValues, options: Options, b: int, face: LeastNormFace, start: KKTSolution, result: Result, item: int
-) -> None:
-    """Find the multipliers of least norm of one item among those of the right sign; leave them if that fails."""
+    part: QPValues, options: Options, b: int, face: LeastNormFace, start: KKTSolution
+) -> tuple[FloatArray, FloatArray] | None:
+    """Find the multipliers of least norm of one item among those of the right sign; None if that fails."""
     at, bound_at = np.flatnonzero(face.active_rows[b]), np.flatnonzero(face.active_bounds[b])
     n = part.num_variables
     normals = np.zeros((len(at) + len(bound_at), n))
@@ -117,10 +99,9 @@ def _project(
     settings = replace(options, keep_face=True, jacobian="active")
     found = active_set.verify(problem, settings, active_set.solve(problem, settings))
     if found.status[0] != Status.SOLVED or found.face is None:
-        return
+        return None
     w = found.primal[0]
     w[restricted] = np.where(found.face.active_bounds[0] != 0, 0.0, np.maximum(w[restricted], 0.0))
-    result.rows[item] = 0.0
-    result.bounds[item] = 0.0
-    result.rows[item, at] = w[: len(at)]
-    result.bounds[item, bound_at] = w[len(at) :] * side
+    rows, bounds = np.zeros(part.rhs_rows.shape[1]), np.zeros(len(part.bounded))
+    rows[at], bounds[bound_at] = w[: len(at)], w[len(at) :] * side
+    return rows, bounds

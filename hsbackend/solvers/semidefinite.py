@@ -238,7 +238,7 @@ def _proximal(
     face = _no_face(values, read)
     if isinstance(result.face, GramFace):
         face = replace(face, active_rows=result.face.active_rows.copy(), active_bounds=result.face.active_bounds.copy())
-    return active_set.verify(values, options, replace(result, face=face))
+    return active_set.verify(values, options, replace(result, face=face), 1e-6)
 
 
 def _units(values: QPValues) -> tuple[FloatArray, FloatArray]:

@@ -19,6 +19,7 @@ from hsbackend.solvers import active_set
 from hsbackend.solvers._newton_kernels import newton_items
 from hsbackend.solvers.result import Options, Result
 from hsbackend.solvers.warm import WarmStart
+from hsbackend.status import Status
 
 #: Items that need more are degenerate, infeasible or ill-conditioned; measured: portfolio and simplex need at most 12.
 MAX_STEPS = 30
@@ -102,6 +103,8 @@ def solve(
     work = 10.0 * (setup.work + 4 * len(setup.row_index) + 8 * n)
     stores = for_each_item(newton_items, batch, work, *arguments)
 
+    failed = status != Status.SOLVED
+    primal[failed] = 0.0  # of no use, and perhaps not finite
     gradient = values.rhs_primal - values.hessian * primal
     filled = np.flatnonzero(np.diff(setup.columns))
     if len(filled):

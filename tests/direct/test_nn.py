@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hsbackend
 from direct_cases import CASES
-from hsbackend import Polyhedron, project, qp_operators, solve_qp
+from hsbackend import Polyhedron, project, qp_program, solve_qp
 from hsbackend.nn import QP, Projection
 
 D = torch.float64
@@ -143,20 +143,20 @@ def test_qp_module() -> None:
         torch.testing.assert_close(copied(q).primal, wanted.primal)
     assert module.float()(q.float()).primal.dtype == torch.float32
     torch.testing.assert_close(QP(Q, q)().primal, -q)
-    with pytest.raises(ValueError, match="a program needs `Q` and `q`"):
+    with pytest.raises(ValueError, match="a program needs `q`"):
         QP(Q)()
 
 
 def test_qp_module_factors_its_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And again when they change, in place too; what comes with the call is never part of the program."""
     built: list[tuple[str, ...]] = []
-    build = qp_operators._Prepared.build
+    build = qp_program.Prepared.build
 
-    def counted(structure: qp_operators._Structure, constants: dict) -> qp_operators._Prepared:
+    def counted(structure: qp_program.Structure, constants: dict) -> qp_program.Prepared:
         built.append(structure.constants)
         return build(structure, constants)
 
-    monkeypatch.setattr(qp_operators._Prepared, "build", counted)
+    monkeypatch.setattr(qp_program.Prepared, "build", counted)
     Q, upper = 2.0 * torch.eye(3, dtype=D), torch.full((3,), 0.75, dtype=D)
     module = QP(Q, upper=upper)
     q = torch.tensor([-1.0, -2.0, 3.0], dtype=D, requires_grad=True)
@@ -167,9 +167,14 @@ def test_qp_module_factors_its_data_once(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(module(q).primal.detach(), torch.tensor([0.25, 0.75, -1.5], dtype=D))
     assert built == [("Q", "upper")] * 2
     torch.testing.assert_close(module(q, upper=0.1 * upper).primal, solve_qp(module.Q, q, upper=0.1 * upper).primal)
-    singular = QP(torch.zeros(2, 2, dtype=D))
+    concave = QP(-torch.eye(2, dtype=D))
     with pytest.raises(hsbackend.UnsupportedProblemError, match="no solver of hsbackend takes this program"):
-        singular(torch.zeros(2, dtype=D))
+        concave(torch.zeros(2, dtype=D))
+    built.clear()
+    linear = QP(lower=torch.zeros(3, dtype=D), smoothing=0.5)  # the smoothed Hessian is a constant as well
+    for shift in (0.0, 1.0):
+        torch.testing.assert_close(linear(q - shift).primal, 2.0 * (shift - q).clamp(min=0.0))
+    assert built == [("Q", "lower")]
 
 
 def test_qp_module_compiles() -> None:

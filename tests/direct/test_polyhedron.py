@@ -555,7 +555,7 @@ _POINT, _ROW = torch.ones(3), torch.ones(1, 3)
         (lambda: project(torch.ones(2, 4), Polyhedron.simplex(3)), ValueError, r"shape \(2, 4\), expected \(..., 3\)"),
         (lambda: project(torch.ones(3), Polyhedron.birkhoff(3)), ValueError, r"expected \(..., 3, 3\)"),
         (lambda: project(_POINT, Polyhedron.simplex(3), jacobian="all"), hsbackend.InvalidOptionError, "'active' or"),
-        (lambda: project(_POINT, Polyhedron.simplex(3), on_failure="x"), hsbackend.InvalidOptionError, "'raise' or"),
+        (lambda: project(_POINT, Polyhedron.simplex(3), on_failure="x"), hsbackend.InvalidOptionError, "or 'closest'"),
         (lambda: Polyhedron.simplex(0), ValueError, "n=0, expected a positive integer"),
         (lambda: Polyhedron.simplex(3, torch.tensor(1)), TypeError, "`equals` has dtype torch.int64"),
         (lambda: Polyhedron.budget(3), ValueError, "a budget needs `equals`, or"),

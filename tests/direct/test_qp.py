@@ -13,8 +13,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import hsbackend
 from generators import random_case
-from hsbackend import Polyhedron, project, qp_operators, solve_qp
+from hsbackend import Polyhedron, project, qp_operators, qp_program, solve_qp
+from hsbackend import pseudo_inverse as inverses
 from hsbackend.qp import QPSolution
+from hsbackend.status import failure_message
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
@@ -138,6 +140,29 @@ def test_infinite_limits_are_no_constraints() -> None:
     other = solve_qp(**{**given, "G": given["G"][:, keep], "h": given["h"][:, keep]})
     torch.testing.assert_close(solution.primal, other.primal)
     assert not bool(solution.active_set.ineq[:, 1].any())
+
+
+@pytest.mark.parametrize("huge", [1e6, 1e9, 1e10, 1e12, 1e14, 1e20, 1e30])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_huge_limits_do_not_hide_the_others(huge: float, scale: float) -> None:
+    """A limit of 1e20 stands for none: it may neither decide the units nor what counts as a contradiction."""
+    given = data()
+    for name in ("q", "b", "h", "lower", "upper"):
+        given[name] = given[name] * scale
+    wanted = solve_qp(**given)
+    for name in ("lower", "upper"):
+        given[name] = given[name].expand(2, 4).clone()
+    given["G"] = torch.cat([given["G"], torch.ones(2, 1, 4, dtype=D)], dim=1)
+    given["h"] = torch.cat([given["h"], torch.full((2, 1), huge * scale, dtype=D)], dim=1)
+    found = solve_qp(**given)
+    torch.testing.assert_close(found.primal / scale, wanted.primal / scale, rtol=1e-9, atol=1e-9)
+    given["lower"][1] = given["upper"][1] + scale
+    found = solve_qp(**given, on_failure="nan")
+    assert found.status.tolist() == [0, int(hsbackend.Status.INFEASIBLE)]
+    rescued = solve_qp(**given, on_failure="closest")
+    wanted = solve_qp(**(given | {"G": given["G"][:, :3], "h": given["h"][:, :3]}), on_failure="closest")
+    torch.testing.assert_close(rescued.primal / scale, wanted.primal / scale, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(rescued.shift.upper / scale, wanted.shift.upper / scale, rtol=1e-8, atol=1e-8)
 
 
 def test_active_set() -> None:
@@ -264,29 +289,34 @@ def test_operator_contracts() -> None:
     given = data()
     flat = [tensor if tensor.dim() == (3 if name in "QAG" else 2) else tensor[None] for name, tensor in given.items()]
     leaves = [tensor.requires_grad_() for tensor in flat]
-    torch.library.opcheck(qp_operators._solve_op, (1e-9, "active", "", *leaves))
+    torch.library.opcheck(qp_operators._solve_op, (1e-9, "active", "", False, *leaves))
     root = torch.randn(3, 5, 5, dtype=D)
     matrix = (root + root.mT).requires_grad_()
-    torch.library.opcheck(qp_operators._pseudo_solve_op, (matrix, torch.randn(3, 5, dtype=D, requires_grad=True)))
+    torch.library.opcheck(inverses._pseudo_inverse_op, (matrix,))
 
 
-def test_generalised_inverse_of_a_singular_matrix() -> None:
-    """Symmetric, inverts on the range whatever the units of rows, and keeps the rank in its derivative."""
+def test_pseudo_inverse_of_a_singular_matrix() -> None:
+    """The four conditions of Penrose whatever the units of rows; the derivative along changes that keep the rank."""
     root = torch.randn(5, 3, dtype=D, generator=torch.Generator().manual_seed(0))
-    units = torch.tensor([1.0, 1e5, 1e-5, 1e3, 1e-2], dtype=D)
+    units = torch.tensor([1.0, 1e3, 1e-3, 1e2, 1e-2], dtype=D)
     factor = units.unsqueeze(-1) * root
-    matrix = (factor @ factor.mT)[None]
-    columns = [qp_operators.pseudo_solve(matrix, unit[None])[0] for unit in torch.eye(5, dtype=D)]
-    inverse = torch.stack(columns)
+    matrix = factor @ factor.mT
+    inverse, null = (found[0] for found in inverses.pseudo_inverse(matrix[None]))
     torch.testing.assert_close(inverse, inverse.mT, rtol=1e-6, atol=0.0)
-    torch.testing.assert_close((matrix[0] @ inverse @ matrix[0]) / torch.outer(units, units), root @ root.mT)
+    torch.testing.assert_close((matrix @ inverse @ matrix) / torch.outer(units, units), root @ root.mT)
+    torch.testing.assert_close(null, torch.eye(5, dtype=D) - factor @ torch.linalg.pinv(factor), atol=1e-9, rtol=0.0)
+    assert float((null @ inverse).abs().max()) < 1e-12 * float(inverse.abs().max())
 
-    def of_factor(factor: Tensor, rhs: Tensor) -> Tensor:
-        product = factor @ factor.mT
-        return (product @ qp_operators.pseudo_solve(product[None], (product @ rhs)[None])[0]).sum()
+    def of_factor(factor: Tensor) -> tuple[Tensor, ...]:
+        return inverses.pseudo_inverse((factor @ factor.mT)[None])
 
-    leaves = (root.clone().requires_grad_(), torch.ones(5, dtype=D, requires_grad=True))
-    assert gradcheck(of_factor, leaves, check_forward_ad=True)
+    leaf = root.clone().requires_grad_()
+    assert gradcheck(of_factor, leaf, check_forward_ad=True)
+    assert gradgradcheck(of_factor, leaf, check_fwd_over_rev=True)
+    regular = root.mT @ root
+    inverse, null = inverses.pseudo_inverse(regular[None])
+    torch.testing.assert_close(inverse[0], torch.linalg.inv(regular))
+    assert not null.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -355,17 +385,107 @@ def test_failing_items() -> None:
                 assert bool(gradient[0].isfinite().all()), name
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_semidefinite_programs_are_refused(batched: bool) -> None:
-    Q = torch.diag(torch.tensor([1.0, 0.0], dtype=D))
-    with pytest.raises(hsbackend.SolveError, match="not positive definite") as raised:
-        solve_qp(
-            Q.expand(2, 2, 2) if batched else Q,
-            torch.ones(2, dtype=D),
-            G=torch.ones(1, 2).double(),
-            h=torch.ones(1).double(),
-        )
-    assert np.all(raised.value.status == hsbackend.Status.NOT_STRICTLY_CONVEX)
+def assert_certified(given: dict[str, Tensor], solution: QPSolution) -> None:
+    """Check the certificates of a batch from scratch; limits are those that are given."""
+    found = solution.certificates
+    names = ("A", "b", "G", "h", "lower", "upper")
+    A, b, G, h, lower, upper = (given.get(name) for name in names)
+    zero = torch.zeros_like(solution.primal)
+    combination, value, largest = found.upper - found.lower, zero.sum(-1), zero.sum(-1)
+    moved = zero[..., :1]
+    for matrix, right, part in ((A, b, found.eq), (G, h, found.ineq)):
+        if matrix is not None and right is not None:
+            combination = combination + (matrix.mT @ part.unsqueeze(-1)).squeeze(-1)
+            value = value + torch.where(part != 0.0, right * part, 0.0).sum(-1)
+            step = (matrix @ found.ray.unsqueeze(-1)).squeeze(-1)
+            moved = torch.cat([moved, step.abs() if right is b else torch.where(right.isinf(), 0.0, step)], -1)
+    for limit, part, sign in ((lower, found.lower, -1.0), (upper, found.upper, 1.0)):
+        if limit is not None:
+            value = value + sign * torch.where(part != 0.0, limit * part, 0.0).sum(-1)
+            moved = torch.cat([moved, torch.where(limit.isinf(), 0.0, sign * found.ray)], -1)
+    for part in (found.eq, found.ineq, found.lower, found.upper):
+        largest = torch.maximum(largest, torch.cat([moved[..., :1] * 0.0, part.abs()], -1).amax(-1))
+    assert float(combination.abs().max()) < 1e-8
+    assert all(bool((part >= 0.0).all()) for part in (found.ineq, found.lower, found.upper))
+    infeasible = solution.status == int(hsbackend.Status.INFEASIBLE)
+    unbounded = solution.status == int(hsbackend.Status.UNBOUNDED)
+    assert bool(((value < -1e-9) == infeasible).all())
+    torch.testing.assert_close(largest, infeasible.double())
+    torch.testing.assert_close(found.ray.abs().amax(-1), unbounded.double())
+    assert float(moved.max()) < 1e-8
+    falls = (given["q"] * found.ray).sum(-1)
+    assert bool(((falls < -1e-9) == unbounded).all())
+    Q = given.get("Q")
+    if Q is not None:
+        assert float((Q @ found.ray.unsqueeze(-1)).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_certificates(seed: int) -> None:
+    """Of a batch with feasible, infeasible and unbounded items."""
+    given = data(n=5, m=4, batch=6, seed=seed)
+    given["Q"][3:, -2:], given["Q"][3:, :, -2:] = 0.0, 0.0
+    given["lower"] = given["lower"].expand(6, 5).clone()
+    given["lower"][2, 0] = given["upper"][2, 0] + 1.0
+    given["h"][1] = given["h"][1] - 3.0
+    given["h"][4:] = math.inf
+    given["lower"][4:], given["upper"][4:] = -math.inf, math.inf
+    solution = solve_qp(**given, on_failure="nan")
+    statuses = solution.status.tolist()
+    assert statuses[2] == int(hsbackend.Status.INFEASIBLE)
+    assert statuses[4:] == [int(hsbackend.Status.UNBOUNDED)] * 2
+    assert_certified(given, solution)
+
+
+def test_certificates_by_hand() -> None:
+    lower, upper = torch.tensor([[3.0, 0.0], [0.0, 0.0]], dtype=D), torch.tensor([1.0, math.inf], dtype=D)
+    solution = solve_qp(None, torch.tensor([1.0, -1.0], dtype=D), lower=lower, upper=upper, on_failure="nan")
+    assert solution.status.tolist() == [int(hsbackend.Status.INFEASIBLE), int(hsbackend.Status.UNBOUNDED)]
+    found = solution.certificates
+    torch.testing.assert_close(found.lower, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=D))
+    torch.testing.assert_close(found.upper, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=D))
+    torch.testing.assert_close(found.ray, torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=D))
+    assert found.eq.shape == (2, 0)
+    # Without a batch axis, in other units, and after a rescue.
+    alone = solve_qp(
+        None, torch.ones(1, dtype=D), lower=1e5 * lower[0, :1], upper=1e5 * upper[:1], on_failure="closest"
+    )
+    torch.testing.assert_close(alone.certificates.lower, torch.ones(1, dtype=D))
+    assert not solve_qp(torch.ones(1, dtype=D), torch.ones(1, dtype=D)).certificates.ray.any()
+
+
+def test_messages_name_rows_and_variables() -> None:
+    q = torch.tensor([1.0, -1.0, 0.0], dtype=D)
+    with pytest.raises(hsbackend.SolveError, match=r"item 0: unbounded, x\[1\] runs off to infinity"):
+        solve_qp(None, q, lower=torch.zeros(3, dtype=D))
+    with pytest.raises(hsbackend.SolveError, match=r"item 0: unbounded, x\[0\] and x\[1\] run off to infinity"):
+        solve_qp(None, q[:2], torch.ones(1, 2, dtype=D), torch.zeros(1, dtype=D))
+    with pytest.raises(hsbackend.SolveError, match=r"the lower bound of x\[2\] and the upper bound of x\[2\] conflict"):
+        solve_qp(None, q, lower=torch.ones(3, dtype=D), upper=torch.tensor([2.0, 2.0, 0.0], dtype=D))
+
+
+def test_status_of_every_kind_has_a_sentence() -> None:
+    codes = np.array([int(status) for status in hsbackend.Status], dtype=np.int8)
+    message = failure_message(codes, {})
+    assert message.startswith(f"{len(codes) - 2} of {len(codes)} items failed")
+    for status in hsbackend.Status:
+        assert (status.sentence in message) == (status not in (hsbackend.Status.SOLVED, hsbackend.Status.CLOSEST))
+
+
+def test_multipliers_of_dependent_rows_satisfy_the_conditions() -> None:
+    """Which of them is not promised; the derivative of x is the same whatever they are."""
+    Q, q = torch.eye(3, dtype=D), torch.tensor([-3.0, -2.0, 0.5], dtype=D, requires_grad=True)
+    row = torch.tensor([1.0, 1.0, 0.0], dtype=D)
+    G, h = torch.stack([row, 2.0 * row, row]), torch.tensor([1.0, 2.0, 1.0], dtype=D)
+    solution = solve_qp(Q, q, G=G, h=h)
+    assert_optimal({"Q": Q, "q": q.detach(), "G": G, "h": h}, solve_qp(Q, q.detach(), G=G, h=h))
+    single = solve_qp(Q, q, G=G[:1], h=h[:1])
+    torch.testing.assert_close(
+        solution.multipliers.ineq @ torch.tensor([1.0, 2.0, 1.0], dtype=D), single.multipliers.ineq[0]
+    )
+    for x, y in zip(solution.primal, single.primal, strict=True):
+        one, other = (torch.autograd.grad(value, q, retain_graph=True)[0] for value in (x, y))
+        torch.testing.assert_close(one, other)
 
 
 def test_curvature_where_the_equations_leave_room_is_enough() -> None:
@@ -391,7 +511,8 @@ I2, ONES = torch.eye(2), torch.ones(2)
         ({"Q": I2, "q": ONES, "lower": torch.ones(3)}, ValueError, r"`lower` has shape \(3,\), expected \(..., 2\)"),
         ({"Q": I2, "q": torch.ones(3, 2), "lower": torch.ones(4, 2)}, ValueError, r"not broadcast: .*`lower` \(4,\)"),
         ({"Q": I2, "q": ONES, "jacobian": "all"}, hsbackend.InvalidOptionError, "jacobian='all' is unknown"),
-        ({"Q": I2, "q": ONES, "on_failure": "x"}, hsbackend.InvalidOptionError, "on_failure='x' is unknown"),
+        ({"Q": I2, "q": ONES, "on_failure": "x"}, hsbackend.InvalidOptionError, "'raise', 'nan' or 'closest'"),
+        ({"Q": None, "q": None}, ValueError, "a program needs `q`"),
     ],
 )  # fmt: skip
 def test_messages(given: dict, error: type[Exception], message: str) -> None:
@@ -400,7 +521,7 @@ def test_messages(given: dict, error: type[Exception], message: str) -> None:
 
 
 def test_programs_are_kept_by_structure_and_constants() -> None:
-    entries = qp_operators._CACHE._entries
+    entries = qp_program.CACHE._entries
     entries.clear()
     for seed in range(3):
         solve_qp(**data(n=7, m=2, seed=seed))
@@ -409,7 +530,7 @@ def test_programs_are_kept_by_structure_and_constants() -> None:
     for _ in range(3):  # equal constants at another address each time
         project(given["q"], Polyhedron(given["A"].clone(), given["b"].clone()))
     assert len(entries) == 2
-    for shift in range(2 * qp_operators._KEPT):
+    for shift in range(2 * qp_program.KEPT):
         project(given["q"], Polyhedron(given["A"], given["b"] + 0.1 * shift))
     # A constant at the address of an earlier one, freed since, takes its place: the number kept may be smaller.
-    assert 2 < len(entries) <= qp_operators._KEPT
+    assert 2 < len(entries) <= qp_program.KEPT
