@@ -1,4 +1,4 @@
-"""Command line: `python -m hsbackend.comparisons speed` and `python -m hsbackend.comparisons portfolio`."""
+"""Command line: `python -m hsbackend.comparisons speed`, and `portfolio`, `qp`, `degenerate` likewise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 
 from hsbackend.comparisons.contestants import DEFAULT_ACCURACY, choose_contestants, layer_contestants
+from hsbackend.comparisons.degenerate import run_degenerate
+from hsbackend.comparisons.degenerate import screen_text as degenerate_text
+from hsbackend.comparisons.degenerate import write_report as write_degenerate
 from hsbackend.comparisons.environment import describe_environment
 from hsbackend.comparisons.experiments.portfolio import (
     DEFAULT_CONTESTANTS,
@@ -24,12 +27,22 @@ from hsbackend.comparisons.experiments.portfolio import (
 from hsbackend.comparisons.experiments.sp500 import load_market
 from hsbackend.comparisons.problems import SUITES, BenchmarkProblem, make_problem
 from hsbackend.comparisons.progress import Progress
+from hsbackend.comparisons.qp_contestants import Request, contestants_named
+from hsbackend.comparisons.qp_families import SIZES, keys_of
+from hsbackend.comparisons.qp_report import QPReport
+from hsbackend.comparisons.qp_report import screen_text as qp_text
+from hsbackend.comparisons.qp_report import write_report as write_qp
+from hsbackend.comparisons.qp_runner import Worker, accepted_families, run_families, steps_of_families
 from hsbackend.comparisons.report import SpeedReport, screen_text, write_report
 from hsbackend.comparisons.scaling import SERIES, Series, projecting, run_series
 from hsbackend.comparisons.speed import run_speed, steps_of
 from hsbackend.comparisons.suites import TITLES, every_contestant, suite_contestants
 
 _DEFAULT_OUTPUT = Path("results")
+# Of `qp --quick`: one size, few instances, and nobody may take long.
+_QP_QUICK_SIZE = 10
+_QP_QUICK_INSTANCES = 2
+_QP_QUICK_LIMIT_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +62,7 @@ class UsageError(Exception):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hsbackend.comparisons", description="Comparisons with peers.")
-    commands = parser.add_subparsers(required=True, metavar="{speed,portfolio}")
+    commands = parser.add_subparsers(required=True, metavar="{speed,portfolio,degenerate,qp}")
 
     speed = commands.add_parser("speed", help="problems x contestants: correctness first, then time")
     speed.add_argument("--suite", choices=sorted(SUITES), default="speed", help="which problems (default: speed)")
@@ -63,11 +76,27 @@ def _parser() -> argparse.ArgumentParser:
     portfolio.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {Schedule().steps})")
     portfolio.set_defaults(run=_portfolio)
 
-    for command in (speed, portfolio):
-        command.add_argument("--contestants", nargs="+", metavar="NAME", help="only these contestants")
-        command.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    qp = commands.add_parser("qp", help="QP and LP solvers on published families: success rates and times, one thread")
+    qp.add_argument("--families", nargs="+", metavar="NAME", help="only these families")
+    qp.add_argument("--sizes", nargs="+", type=int, metavar="N", help=f"about N variables (default: {SIZES})")
+    qp.add_argument(
+        "--budget", type=float, default=0.05, metavar="S", help="seconds of repetitions per row (default: 0.05)"
+    )
+    qp.add_argument("--time-limit", type=float, default=20.0, metavar="S", help="per solve (default: 20)")
+    qp.add_argument(
+        "--minutes", type=float, default=22.0, metavar="M", help="begin nothing new after M minutes (default: 22)"
+    )
+    qp.set_defaults(run=_qp)
+
+    degenerate = commands.add_parser("degenerate", help="gradients at degenerate points, and training through them")
+    degenerate.set_defaults(run=_degenerate)
+
+    for command in (speed, portfolio, degenerate):
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--seed", type=int, default=0)
+    for command in (speed, portfolio, qp, degenerate):
+        command.add_argument("--contestants", nargs="+", metavar="NAME", help="only these contestants")
+        command.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
         command.add_argument(
             "--accuracy",
             type=float,
@@ -168,6 +197,69 @@ def _portfolio(options: argparse.Namespace) -> int:
     environment = describe_environment(device)
     print(portfolio_text(runs, market, schedule, environment))
     paths = write_portfolio(runs, environment, options.output)
+    print("written: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+def _qp(options: argparse.Namespace) -> int:
+    try:
+        contestants = contestants_named(options.contestants)
+        families = accepted_families(options.families)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    sizes = options.sizes or ([_QP_QUICK_SIZE] if options.quick else list(SIZES))
+    if min(sizes) < _QP_QUICK_SIZE:
+        raise UsageError(f"--sizes {min(sizes)} was given, the families begin at {_QP_QUICK_SIZE} variables")
+    keys = keys_of(families, sizes)
+    limit_s, budget_s = options.time_limit, options.budget
+    if options.quick:
+        keys = [key for key in keys if key.number < _QP_QUICK_INSTANCES]
+        limit_s, budget_s = min(limit_s, _QP_QUICK_LIMIT_S), 0.0
+    request = Request(options.accuracy, limit_s)
+    progress = Progress(steps_of_families(keys))
+    with Worker(request, budget_s) as worker:
+        rows, not_run = run_families(
+            keys,
+            contestants,
+            worker.measure,
+            limit_s=limit_s,
+            deadline_s=60.0 * options.minutes,
+            progress=progress,
+        )
+    progress.close()
+    report = QPReport(
+        environment=describe_environment(torch.device("cpu")),
+        families=families,
+        contestants=contestants,
+        rows=rows,
+        not_run=not_run,
+        accuracy=options.accuracy,
+        limit_s=limit_s,
+        minutes=options.minutes,
+        command="python -m hsbackend.comparisons " + " ".join(sys.argv[1:]),
+    )
+    print(qp_text(report))
+    paths = write_qp(report, options.output)
+    print("written: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+def _degenerate(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    if device.type != "cpu":
+        raise UsageError("the comparison at degenerate points runs on the CPU; use --device cpu")
+    try:
+        report = run_degenerate(
+            names=options.contestants,
+            accuracy=options.accuracy,
+            seed=options.seed,
+            quick=options.quick,
+            command="python -m hsbackend.comparisons " + " ".join(sys.argv[1:]),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(degenerate_text(report))
+    paths = write_degenerate(report, options.output)
     print("written: " + ", ".join(str(path) for path in paths))
     return 0
 

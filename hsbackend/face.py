@@ -419,14 +419,17 @@ class LeastNormFace:
         """(B,) whether active rows are dependent; the face gives the multipliers of least norm in any case."""
         return self._factors[1][4][:, DEPENDENT] > 0
 
-    def replaced(self, items: IndexArray) -> Face:
-        """Return this face with the factors of some items made again, after their sides were changed."""
+    def replaced(self, rows: IndexArray, bounds: IndexArray) -> tuple[Face, IndexArray]:
+        """Return the face with other sides, and the items in which they differ: only those are factored again."""
+        changed = (rows != self.active_rows).any(axis=1) | (bounds != self.active_bounds).any(axis=1)
+        items = np.flatnonzero(changed).astype(np.int64)
         if not len(items):
-            return self
+            return self, items
         if len(items) == self.values.batch:
-            return replace(self)
-        again = LeastNormFace(self.values.take(items), self.active_rows[items], self.active_bounds[items], self.read)
-        return MixedFace(self, again, items)
+            return replace(self, active_rows=rows, active_bounds=bounds), items
+        return MixedFace(
+            self, LeastNormFace(self.values.take(items), rows[items], bounds[items], self.read), items
+        ), items
 
     def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
         """Solve the KKT system of the class docstring; arguments as in :meth:`GramFace.kkt_solve`."""

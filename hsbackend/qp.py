@@ -340,7 +340,11 @@ def solve_given(
         *(tensor if tensor is None or name in constants else tensor.to(torch.float64) for name, tensor in flat.items())  # pyright: ignore[reportArgumentType]
     )
     rescue = on_failure == "closest"
-    settings = Settings(tolerance, jacobian, on_failure != "nan", tuple(name for name in NAMES if name in constants))
+    once = tuple(name for name, tensor in given.items() if tensor is not None and tensor.dim() == len(shapes[name]))
+    if weight is not None and weight.dim() and weight.numel() != 1:
+        once = tuple(name for name in once if name != "Q")
+    kept_names = tuple(name for name in NAMES if name in constants)
+    settings = Settings(tolerance, jacobian, on_failure != "nan", kept_names, once=once)
     if rescue:
         outputs, shift = closest.solve(settings, data)
     else:

@@ -166,7 +166,8 @@ def _solve_values(settings: Settings, data: Data) -> tuple[tuple[Tensor, ...], _
     prepared = CACHE.get(structure, places, {name: arrays[name] for name in structure.constants})
     parameters = [arrays[name].reshape(len(arrays[name]), structure.size(name)) for name in structure.parameters]
     options = Options(settings.tolerance, settings.jacobian)
-    solution = prepared.layer.solve(parameters, options, "nan", None)
+    batched = [name not in settings.once for name in structure.parameters]
+    solution = prepared.layer.solve(parameters, options, "nan", None, batched)
     if settings.strict and np.any(solution.status != Status.SOLVED):
         raise SolveError(failure_message(solution.status, _names(prepared, solution)), solution.status)
     found = prepared.outputs(solution)

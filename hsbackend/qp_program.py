@@ -334,6 +334,8 @@ class Settings:
         strict: raise for failing items.
         constants: names of the data whose values do not change from call to call; they must not be batched.
         identity: whether Q is the identity where it is not given (a projection); else it is zero (a linear program).
+        once: names of the data without batch axes. In a batch of one the shapes do not tell, and an item alone is to
+            have the bits it has in a larger batch.
     """
 
     tolerance: float = 1e-9
@@ -341,6 +343,7 @@ class Settings:
     strict: bool = True
     constants: tuple[str, ...] = ()
     identity: bool = False
+    once: tuple[str, ...] = ()
 
 
 def constant(tensor: Tensor, shape: tuple[int, ...]) -> bool:

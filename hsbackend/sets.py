@@ -196,7 +196,13 @@ def project_rows(
     constants = tuple(
         name for name, tensor in own.items() if tensor is not None and qp_program.constant(tensor, shapes[name])
     )
-    flat, batch = flatten({"point": point, "weight": scale, **own}, shapes)
+    everything = {"point": point, "weight": scale, **own}
+    once = tuple(
+        {"point": "q", "weight": "Q"}.get(name, name)
+        for name, tensor in everything.items()
+        if tensor is not None and tensor.dim() == len(shapes[name])
+    )
+    flat, batch = flatten(everything, shapes)
     point, scale, *data = (
         tensor if tensor is None or name in constants else tensor.to(torch.float64) for name, tensor in flat.items()
     )
@@ -204,7 +210,9 @@ def project_rows(
     linear = -point if scale is None else -scale * point
     if linear.shape[0] != batch.numel():
         linear = linear.expand(batch.numel(), n)
-    settings = qp_program.Settings(jacobian=asked.jacobian, strict=asked.strict, constants=constants, identity=True)
+    settings = qp_program.Settings(
+        jacobian=asked.jacobian, strict=asked.strict, constants=constants, identity=True, once=once
+    )
     program = qp_program.Data(scale, linear, *data)
     x = closest.solve(settings, program)[0][0] if rescue else qp_operators.solve(settings, program)[0]
     if scale is not None:  # a program may be convex although its Hessian is not positive

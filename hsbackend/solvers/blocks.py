@@ -63,7 +63,7 @@ class _General:
 
         def fold(picked: FloatArray, trailing: tuple[int, ...]) -> FloatArray:
             """Fold (1 or B, G, ...) into (1 or B G, ...)."""
-            if picked.shape[0] == 1 and values.batch != 1:
+            if picked.shape[0] == 1 and (values.batch != 1 or values.shared):
                 if count == 1 or bool(np.all(picked[0] == picked[0, 0])):
                     return np.ascontiguousarray(picked[:, 0])
                 picked = np.broadcast_to(picked, (values.batch, *picked.shape[1:]))
@@ -81,14 +81,14 @@ class _General:
             np.ascontiguousarray(values.rhs_rows[:, self.rows.ravel()]).reshape(batch, m), self.bounded,
             np.ascontiguousarray(values.lower[:, self._bounded_at.ravel()]).reshape(batch, -1),
             np.ascontiguousarray(values.upper[:, self._bounded_at.ravel()]).reshape(batch, -1), self.proximal,
+            values.shared,
         )  # fmt: skip
 
     def solve(self, values: QPValues, options: Options, result: Result) -> FacePart:
         own = self._values(values)
-        shared = own.hessian.shape[0] == 1 and own.rows.shape[0] == 1
 
         def gram() -> active_set.GramSetup | None:
-            if not (self._constant and shared):
+            if not (self._constant and own.shared):
                 return None
             if self._gram is None:
                 self._gram = active_set.GramSetup(

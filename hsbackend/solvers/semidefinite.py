@@ -23,13 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsbackend.batched import matvec
-from hsbackend.face import Face, GramFace, LeastNormFace
+from hsbackend.face import GramFace, LeastNormFace
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers import active_set, interior_point
 from hsbackend.solvers.result import Options, Result
 from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
+#: Residual, relative to the tolerance, above which a point is refined on its face.
+_REFINE = 1e-6
 #: Negative curvature, relative to the largest, that is rounding.
 _NEGATIVE = 1e-10
 #: Multipliers below this, relative to the cost, are zero.
@@ -134,29 +136,23 @@ def solve(
     if not isinstance(face, LeastNormFace):  # every item failed before there was a face
         return result
     non_unique = np.zeros(values.batch, dtype=bool)
-    moved = _hold_active(values, options, result, face) if options.jacobian == "active" else []
+    rows, bounds = face.active_rows.copy(), face.active_bounds.copy()
+    if options.jacobian == "active":
+        _hold_active(values, options, result, rows, bounds)
     for b in np.flatnonzero(_doubtful(values, result, read)):
         found = _Item(values, int(b)).select(result, options, read)
-        if found is None:
-            continue
-        non_unique[b], result.primal[b], *sides = found
-        for old, new in zip((face.active_rows, face.active_bounds), sides, strict=True):
-            if np.any(old[b] != new):
-                old[b] = new
-                moved.append(int(b))
-    kept: Face | None = None
-    if options.keep_face:
-        items = np.unique(np.array(moved, dtype=np.int64))
-        kept = face.replaced(items)
-    return replace(result, face=kept, non_unique=non_unique)
+        if found is not None:
+            non_unique[b], result.primal[b], rows[b], bounds[b] = found
+    final, changed = face.replaced(rows, bounds)
+    if len(changed):  # on the final K the point is what the data say, not how it was found
+        result = active_set.verify(values, options, replace(result, face=final), _REFINE)
+    return replace(result, face=final if options.keep_face else None, non_unique=non_unique)
 
 
-def _hold_active(values: QPValues, options: Options, result: Result, face: LeastNormFace) -> list[int]:
-    """Put the rows at their limit into K; the proximal steps saw them before the point was refined.
-
-    Returns:
-        The items whose K has changed.
-    """
+def _hold_active(
+    values: QPValues, options: Options, result: Result, side_rows: IndexArray, side_bounds: IndexArray
+) -> None:
+    """Put the rows at their limit into K; the proximal steps saw them before the point was refined."""
     size = np.abs(result.primal).max(axis=1, keepdims=True, initial=0.0)
     length = np.linalg.norm(values.rows, axis=2)
     length = np.where(length > 0.0, length, 1.0)
@@ -164,18 +160,16 @@ def _hold_active(values: QPValues, options: Options, result: Result, face: Least
 
     def held(slack: FloatArray, limit: FloatArray, length: FloatArray) -> Mask:
         limit = np.where(np.isfinite(limit), np.abs(limit), 0.0)
-        return slack <= options.active_tolerance * limit + allowed * length
+        return (slack <= options.active_tolerance * limit + allowed * length) & solved
 
+    solved = (result.status == Status.SOLVED)[:, None]
     rows = held(values.rhs_rows - matvec(values.rows, result.primal), values.rhs_rows, length)
     at = result.primal[:, values.bounded]
     ones = np.ones((1, len(values.bounded)))
     upper, lower = held(values.upper - at, values.upper, ones), held(at - values.lower, values.lower, ones)
-    solved = (result.status == Status.SOLVED)[:, None]
-    more_rows = rows & (face.active_rows == 0) & solved
-    more_bounds = (upper | lower) & (face.active_bounds == 0) & solved
-    face.active_rows[more_rows] = 1
-    face.active_bounds[more_bounds] = np.where(upper, 1, -1)[more_bounds]
-    return np.flatnonzero(more_rows.any(axis=1) | more_bounds.any(axis=1)).tolist()
+    side_rows[rows & (side_rows == 0)] = 1
+    more = (upper | lower) & (side_bounds == 0)
+    side_bounds[more] = np.where(upper, 1, -1)[more]
 
 
 def _optimum(
@@ -238,7 +232,7 @@ def _proximal(
     face = _no_face(values, read)
     if isinstance(result.face, GramFace):
         face = replace(face, active_rows=result.face.active_rows.copy(), active_bounds=result.face.active_bounds.copy())
-    return active_set.verify(values, options, replace(result, face=face), 1e-6)
+    return active_set.verify(values, options, replace(result, face=face), _REFINE)
 
 
 def _units(values: QPValues) -> tuple[FloatArray, FloatArray]:
