@@ -10,6 +10,11 @@ KKT conditions on K; the solution operator of the system is the HS-Jacobian):
 
     dL/dq = -u,   dL/db_i = w_i,   dL/dA_ij = -(nu_i u_j + w_i x_j),   dL/dQ_ij = -1/2 (u_i x_j + x_i u_j).
 
+Where the optimum is not unique, the one of least norm turns with the null space of Q and N, and the matrices get a
+further part, with a and c from :meth:`hsbackend.plan.Plan.turning` (docs/theory.md, section 10):
+
+    dL/dA_ij: + c_i a_j,   dL/dQ_ij: + 1/2 (a_i c_j + c_i a_j).
+
 Only entries that depend on a parameter are formed, one by one: a gather, never an outer product. Both choices of K give
 a conservative derivative for (q, b); with Q and A given by parameters the multipliers enter, and the claim holds where
 the active rows are independent (docs/theory.md).
@@ -28,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from hsbackend._blas import dot
 from hsbackend._parallel import compile_kernel, for_each_item
-from hsbackend.plan import Plan, Solution
+from hsbackend.plan import Plan, Solution, Turning
 from hsbackend.program import FloatArray, IndexArray, MatrixEntries, Program, SparseOperator, as_slice
 from hsbackend.solvers.result import Options
 from hsbackend.status import SolveError, Status, failure_message
@@ -194,6 +199,23 @@ class _ParameterGradient:
                     part.add_to(*arguments, out)
         return out[0] if summed else out
 
+    def add_turning(self, turning: Turning, summed: bool, out: FloatArray) -> None:
+        """Add the further part of the items that turn to what :meth:`evaluate` returned."""
+        rows, primal, along = turning.rows, turning.primal, turning.along
+        total = summed and len(turning.items) != 1
+        for part, arguments in (
+            (self._matrix, (0.5, rows, along, rows, along)),
+            (self._quadratic, (0.5, along, primal, primal, along)),
+        ):
+            if part is None:
+                continue
+            if total:
+                part.add_total_to(*arguments, out)
+                continue
+            further = np.zeros((len(turning.items), self.size))
+            part.add_to(*arguments, further)
+            out[... if summed else turning.items] += further[0] if summed else further
+
     def _add_linear(self, u: FloatArray, w: FloatArray, out: FloatArray) -> None:
         if self._linear is not None:
             self._linear.add_to(u, out)
@@ -320,12 +342,18 @@ class Layer:
             u, w = adjoint.primal, adjoint.rows
             u[failed] = 0.0  # NaN data of a failed item must not reach the sum of a shared parameter
             w[failed] = 0.0
+        turning = None
+        matrices = any(need and gradient.needs_solution for gradient, need in zip(self._gradients, wanted, strict=True))
+        if solution.face is not None and matrices:
+            turning = self.plan.turning(solution, grad_primal)
         found: list[FloatArray | None] = []
         for gradient, need, shared in zip(self._gradients, wanted, summed, strict=True):
             if not need:
                 found.append(None)
                 continue
             value = gradient.evaluate(primal, multipliers, u, w, shared)
+            if turning is not None:
+                gradient.add_turning(turning, shared, value)
             if poisoned.any():
                 value[... if shared else poisoned] = np.nan
             found.append(value)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hsbackend import certificates, reduce, structure
 from hsbackend.batched import matvec, vecmat, weighted_gram
-from hsbackend.face import Face, MixedFace
+from hsbackend.face import Face, LeastNormFace, MixedFace
 from hsbackend.program import FloatArray, IndexArray, Program, QPValues, as_slice
 from hsbackend.route import DENSE_LIMIT, Route, SolverName, choose, describe
 from hsbackend.solvers import (
@@ -104,6 +104,27 @@ class Adjoint:
     rows: FloatArray
 
 
+@dataclass(frozen=True)
+class Turning:
+    """How the optimum of least norm moves along the set of optima when Q and A change (docs/theory.md, section 10).
+
+    With O the projector onto the directions in which nothing holds the optimum, orthogonal in the variables whose norm
+    selects, M the mask of these and ``(c_x, c_w)`` the solution of the KKT system on the face with right-hand side
+    ``(M x, 0)``, the movement is ``O (Q'c_x + A''c_w)``.
+
+    Attributes:
+        items: (k,) the items whose solution turns.
+        along: (k, n) ``O g`` for a cotangent g of the primal.
+        primal: (k, n) c_x.
+        rows: (k, m) c_w.
+    """
+
+    items: IndexArray
+    along: FloatArray
+    primal: FloatArray
+    rows: FloatArray
+
+
 class Plan:
     """A parametrised program, presolved and routed, with everything constant already factored.
 
@@ -149,6 +170,7 @@ class Plan:
             self._rows, reduced.num_equalities, self._bounds, reduced.rhs, pattern, self._free_of_charge()
         )
         self._seen = self._read()
+        self._selecting = self._left()[self._seen]
         self.route = choose(
             reduced, self._rows, self._bounds, self._diagonal, pattern, notes, solver, groups, self._seen
         )
@@ -222,6 +244,13 @@ class Plan:
             read = read[self._varying.kept]
             read[defining] = True
         return read
+
+    def _left(self) -> IndexArray:
+        """Return the place in the program of the variables of the reduced program."""
+        left = np.arange(self.program.num_variables, dtype=np.int64)
+        for step in self._steps:
+            left = left[step.kept]
+        return left if self._varying is None else left[self._varying.kept]
 
     def _curved_beside_the_flat(self) -> bool:
         """Whether a constant Hessian is positive definite on the variables without proximal steps, if there are any."""
@@ -533,6 +562,37 @@ class Plan:
         assert multipliers is not None
         return Adjoint(primal, multipliers)
 
+    def turning(self, solution: Solution, grad_primal: FloatArray) -> Turning | None:
+        """Return the part of the derivative that the adjoint system on a fixed set of directions does not hold.
+
+        Costs nothing where the face leaves the optimum nowhere to go, two KKT solves on it otherwise.
+
+        Args:
+            solution: from :meth:`solve` with ``options.keep_face``.
+            grad_primal: (B, n) cotangent of the primal.
+
+        Returns:
+            What to add for the items that turn, and have a cotangent; None when there are none.
+        """
+        face = solution.face
+        if face is None:
+            raise ValueError("the solution has no face: it was computed with keep_face=False")
+        turns = _turns(face, grad_primal.shape[0]) & (solution.status == Status.SOLVED)
+        turns &= (grad_primal != 0.0).any(axis=1)
+        items = np.flatnonzero(turns).astype(np.int64)
+        if not len(items):
+            return None
+        presolved = solution.presolved
+        trail, reduced, _ = self._presolve(grad_primal, None, presolved.definitions, presolved.curvature)
+        # A cotangent of what is returned lives on the variables that select: O g is O M g.
+        moves = _moves(face, reduced)
+        along, _ = self._postsolve(trail, moves, None, presolved.definitions, presolved.curvature)
+        selecting = np.zeros(grad_primal.shape)
+        places = np.ix_(items, self._selecting)
+        selecting[places] = solution.primal[places]
+        found = self.adjoint(solution, selecting, None, whole=False)
+        return Turning(items, along[items], found.primal[items], found.rows[items])
+
     def _presolve(
         self, rhs_primal: FloatArray, rhs_rows: FloatArray | None, definitions: FloatArray | None,
         curvature: FloatArray | None,
@@ -644,3 +704,29 @@ class Plan:
         for step in reversed(self._steps):
             row = int(step.kept_rows[row])
         return row
+
+
+def _turns(face: Face, batch: int) -> NDArray[np.bool_]:
+    """Return (B,) whether a face leaves the optimum directions in which only the least norm holds it."""
+    if isinstance(face, MixedFace):
+        found = _turns(face.first, batch)
+        found[face.items] = _turns(face.second, len(face.items))
+        return found
+    return face.free_directions() > 0 if isinstance(face, LeastNormFace) else np.zeros(batch, dtype=bool)
+
+
+def _moves(face: Face, point: FloatArray) -> FloatArray:
+    """Return (B, n) ``O M v``, the movement along the optima from the selected one to v; zero where there are none.
+
+    ``(v, 0)`` solves the KKT system with right-hand side ``(H v, N v)``; the face answers with ``R v = v - O M v``.
+    """
+    if isinstance(face, MixedFace):
+        found = _moves(face.first, point)
+        found[face.items] = _moves(face.second, np.ascontiguousarray(point[face.items]))
+        return found
+    if not isinstance(face, LeastNormFace):
+        return np.zeros(point.shape)
+    values = face.values
+    curved = values.hessian * point if values.diagonal else matvec(values.hessian, point)
+    at_bounds = np.ascontiguousarray(point[:, values.bounded])
+    return point - face.kkt_solve(curved, matvec(values.rows, point), at_bounds).primal

@@ -239,15 +239,6 @@ def _turned(face: Face, data: Data, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _symmetric(a, c, data.diagonal), _outer(c_eq, a), _outer(c_ineq, a)
 
 
-def turning_cotangent(
-    settings: Settings, data: Data, outputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor
-) -> list[Tensor | None]:
-    """Return the further part of the cotangents (module docstring) for a cotangent g of x alone."""
-    in_q, in_a, in_g = _turned(Face.of(settings, data, outputs), data, g)
-    wanted = [need and name in _MATRICES for name, need in zip(NAMES, needs, strict=True)]
-    return _gathered(data, wanted, [lambda value=value: value for value in (in_q, g, in_a, g, in_g, g, g, g)])
-
-
 def cotangent(
     settings: Settings,
     data: Data,

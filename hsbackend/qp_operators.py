@@ -14,23 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from hsbackend.face import LeastNormFace, MixedFace
-from hsbackend.families.family import Choice
 from hsbackend.operators import fold, outer_tangents, primals, transforms_active, unfold, values_only
 from hsbackend.plan import Solution
 from hsbackend.program import FloatArray, IndexArray
-from hsbackend.qp_face import cotangent, tangent, turning_cotangent
+from hsbackend.qp_face import cotangent, tangent
 from hsbackend.qp_program import CACHE, NAMES, Data, Prepared, Settings, as_array
 from hsbackend.solvers.result import Options
 from hsbackend.status import SolveError, Status, failure_message
 
 #: Those of the data that scale with the solution.
 _LIMITS = ("q", "b", "h", "lower", "upper")
-_MATRICES = ("Q", "A", "G")
 #: Data between this and its inverse are solved as they are.
 _SMALL = 1e-2
 #: Limits this far above all other data stand for none.
@@ -123,22 +119,6 @@ class _Solved:
                 found[name] = gradient.sum(axis=0) if shared[name] and not single[name] else gradient
         return found
 
-    def turning(self, choice: Choice) -> IndexArray:
-        """Return the items whose solution may turn with Q, A and G: several optima, or a K that would allow them."""
-        several = self.solution.non_unique.copy()
-        if choice == "support":
-            several |= _is_selected(self.solution.face, len(several))
-        return np.flatnonzero(several)
-
-
-def _is_selected(face: Any, batch: int) -> NDArray[np.bool_]:
-    """Return (B,) the items that the solver for semidefinite Hessians took."""
-    if isinstance(face, MixedFace):
-        found = _is_selected(face.first, batch)
-        found[face.items] = _is_selected(face.second, len(face.items))
-        return found
-    return np.full(batch, isinstance(face, LeastNormFace))
-
 
 def _names(prepared: Prepared, solution: Solution) -> dict[int, list[str]]:
     """Return what a message names: the rows of an infeasible item that conflict, the variables that run off."""
@@ -226,26 +206,6 @@ def _saved(ctx: Any, tensors: Sequence[Any] | None = None) -> tuple[Settings, Da
     return ctx.settings, Data(*saved[:8]), saved[8:]
 
 
-def _add_turning(
-    settings: Settings, data: Data, outputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor, items: Tensor,
-    found: Sequence[Tensor | None],
-) -> None:  # fmt: skip
-    """Add to the cotangents what the solver's face does not know: the optimum of least norm turns with the matrices."""
-    items = items.to(g.device)
-    items = items[(outputs[5][items] == 0) & (g[items] != 0.0).any(1)]
-    if not len(items):
-        return
-    part = data.take(items)
-    further = turning_cotangent(settings, part, [output[items] for output in outputs], needs, g[items])
-    for total, tensor, value in zip(found, data.tensors, further, strict=True):
-        if total is None or tensor is None or value is None:
-            continue
-        if tensor.shape[0] == 1:
-            total += value.sum(0, keepdim=True)
-        else:
-            total[items] += value
-
-
 class _Solve(torch.autograd.Function):
     """The program outside of transforms."""
 
@@ -276,9 +236,6 @@ class _Solve(torch.autograd.Function):
                 if gradient is None or tensor is None
                 else torch.from_numpy(gradient).reshape(tensor.shape).to(tensor.device)
             )
-        if given[0] is not None and any(needs[NAMES.index(name)] for name in _MATRICES):
-            items = torch.from_numpy(ctx.solved.turning(settings.jacobian))
-            _add_turning(settings, data, outputs, needs, given[0], items, found)
         return (None, *found)
 
     @staticmethod

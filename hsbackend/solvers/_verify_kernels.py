@@ -9,7 +9,7 @@ from hsbackend._blas import axpy
 from hsbackend._parallel import compile_kernel, inline_kernel
 
 #: A residual is compared with its own terms and with this fraction of the largest ones, in balanced units.
-GLOBAL = 1e-2
+GLOBAL = 1e-4
 #: Limits count as a size of the point to this extent: most of them may be far away.
 LIMITS = 1e-5
 
@@ -48,12 +48,12 @@ def _units(H, diagonal, N, units):
 @compile_kernel
 def kkt_residuals(
     start, stop, step, hessian, diagonal, linear, rows, rhs, n_eq, bounded, lower, upper, primal, row_multipliers,
-    bound_multipliers, stationarity, violation, outside, worst,
+    bound_multipliers, stationarity, gaps, worst,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Set the signed residuals of every item and ``worst``, the largest relative one.
+    """Set stationarity and the gaps ``N x - h`` of every item, and ``worst``, the largest relative residual.
 
     ``hessian`` (1 or B, n, n), or (1 or B, 1, n) for a diagonal. Every component is compared with the sum of the
-    magnitudes of its own terms, plus 1e-2 of the largest such sum in balanced units: of stationarity
+    magnitudes of its own terms, plus 1e-4 of the largest such sum in balanced units: of stationarity
     ``|a_j| + sum |H_jl x_l| + sum |N_ij w_i|``, of a row ``|h_i| + sum |N_ij x_j|``. A multiplier is measured by what
     it contributes to stationarity. Of the slack and the multiplier of an inequality the smaller one counts.
     """
@@ -100,7 +100,7 @@ def kkt_residuals(
                 axpy(nu, row, residual, n)
                 for j in range(n):
                     terms[j] += abs(nu * row[j])
-            violation[b, i] = value - rhs[b, i]
+            gaps[b, i] = value - rhs[b, i]
             limit = abs(rhs[b, i]) if abs(rhs[b, i]) < 1e300 else 0.0
             size[i] = total + limit
             if length > 0.0:
@@ -125,9 +125,8 @@ def kkt_residuals(
                 largest = max(largest, abs(residual[j]) / terms[j])
         for i in range(m):
             row = normals[i]
-            nu, gap = row_multipliers[b, i], violation[b, i]
+            nu, gap = row_multipliers[b, i], gaps[b, i]
             if i >= n_eq and gap <= 0.0 and nu == 0.0:
-                violation[b, i] = 0.0
                 continue
             length = 0.0
             for j in range(n):
@@ -142,29 +141,19 @@ def kkt_residuals(
                 if nu < 0.0:
                     largest = max(largest, pull)
                     relative = relative if gap > 0.0 else 0.0
-                    violation[b, i] = max(gap, 0.0)
-                elif pull < relative:  # the multiplier is what should be zero
-                    relative = pull
-                    violation[b, i] = 0.0
+                else:
+                    relative = min(relative, pull)
             largest = max(largest, relative)
         for i in range(bounded.shape[0]):
             j = bounded[i]
             mu = bound_multipliers[b, i]
             pull = abs(mu) / terms[j] if mu != 0.0 else 0.0
             above, below = x[j] - upper[b, i], lower[b, i] - x[j]
-            gap = above if mu > 0.0 else (-below if mu < 0.0 else 0.0)  # zero where the multiplier says it should be
-            outside[b, i] = 0.0
-            if above > 0.0:
-                outside[b, i] = above
-            elif below > 0.0:
-                outside[b, i] = -below
-            elif gap != 0.0:
-                scale = abs(x[j]) + abs(x[j] - gap) + GLOBAL * reach * D[j]
-                if abs(gap) / scale <= pull:
-                    outside[b, i] = gap
-                else:
-                    largest = max(largest, pull)
-            if outside[b, i] != 0.0:
-                scale = abs(x[j]) + abs(x[j] - outside[b, i]) + GLOBAL * reach * D[j]
-                largest = max(largest, abs(outside[b, i]) / scale)
+            gap = above if mu > 0.0 else (below if mu < 0.0 else 0.0)  # zero where the multiplier says it should be
+            violated = above > 0.0 or below > 0.0
+            if violated:
+                gap = max(above, below)
+            if gap != 0.0:
+                relative = abs(gap) / (abs(x[j]) + abs(x[j]) + abs(gap) + GLOBAL * reach * D[j])
+                largest = max(largest, relative if violated else min(relative, pull))
         worst[b] = np.nan if invalid else largest  # NaN must not pass as small

@@ -194,24 +194,25 @@ def finish(values: QPValues, options: Options, result: Result, gram_setup: Calla
 
 def residuals(
     values: QPValues, primal: FloatArray, rows: FloatArray, bounds: FloatArray
-) -> tuple[tuple[FloatArray, FloatArray, FloatArray], FloatArray]:
-    """Return the signed residuals, stationarity (B, n), rows (B, m) and bounds (B, nb), and the worst (B,)."""
-    signed = (np.empty(primal.shape), np.empty(rows.shape), np.empty(bounds.shape))
-    worst = np.empty(values.batch)
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return stationarity (B, n), the gaps ``N x - h`` (B, m), and the largest relative KKT residual (B,)."""
+    stationarity, gaps, worst = np.empty(primal.shape), np.empty(rows.shape), np.empty(values.batch)
     hessian = values.hessian[:, None, :] if values.diagonal else values.hessian
-    work = float(hessian[0].size + 2 * values.rows[0].size)
+    work = float(2 * hessian[0].size + 4 * values.rows[0].size)
     for_each_item(
         kkt_residuals, values.batch, work, hessian, values.diagonal, values.rhs_primal, values.rows, values.rhs_rows,
-        values.num_equalities, values.bounded, values.lower, values.upper, primal, rows, bounds, *signed, worst,
+        values.num_equalities, values.bounded, values.lower, values.upper, primal, rows, bounds, stationarity, gaps,
+        worst,
     )  # fmt: skip
-    return signed, worst
+    return stationarity, gaps, worst
 
 
-def verify(values: QPValues, options: Options, result: Result, good: float = 1e-3) -> Result:
+def verify(values: QPValues, options: Options, result: Result, good: float = 1e-4) -> Result:
     """Check the KKT conditions against the data themselves, refine where needed, and mark what still fails.
 
     The solver works with the Gram matrix; an ill-conditioned Hessian can make a solution that is exact there
-    inaccurate here. The residual is that of :mod:`hsbackend.solvers._verify_kernels`, componentwise.
+    inaccurate here. The residual is that of :mod:`hsbackend.solvers._verify_kernels`, componentwise; a refinement puts
+    all rows of the face at their limits.
 
     Args:
         values: the problems.
@@ -220,23 +221,24 @@ def verify(values: QPValues, options: Options, result: Result, good: float = 1e-
         good: residual, relative to the tolerance, up to which nothing is refined.
     """
     solved = result.status == Status.SOLVED
-    signed, worst = residuals(values, result.primal, result.rows, result.bounds)
+    stationarity, gaps, worst = residuals(values, result.primal, result.rows, result.bounds)
     for _ in range(2):
         # Near the tolerance a refinement is cheap insurance; further away it is needed.
         poor = np.flatnonzero(solved & ~(worst <= good * options.tolerance))
         if not len(poor) or result.face is None:
             break
-        correction = result.face.kkt_solve(*(-part for part in signed))
+        side = result.face.active_bounds
+        limits = np.where(side > 0, values.upper, np.where(side < 0, values.lower, 0.0))
+        beyond = np.where(side != 0, result.primal[:, values.bounded] - limits, 0.0)
+        correction = result.face.kkt_solve(-stationarity, -np.where(np.isfinite(gaps), gaps, 0.0), -beyond)
         primal = result.primal + correction.primal
         rows, bounds = result.rows + correction.rows, result.bounds + correction.bounds
-        signed_after, after = residuals(values, primal, rows, bounds)
+        stationarity_after, gaps_after, after = residuals(values, primal, rows, bounds)
         # A face with nearly dependent rows may answer rounding with large multipliers of the wrong sign: keep what
         # helps.
         better = poor[after[poor] < worst[poor]]
-        for old, new in zip((result.primal, result.rows, result.bounds), (primal, rows, bounds), strict=True):
-            old[better] = new[better]
-        for old, new in zip(signed, signed_after, strict=True):
-            old[better] = new[better]
+        result.primal[better], result.rows[better], result.bounds[better] = primal[better], rows[better], bounds[better]
+        stationarity[better], gaps[better] = stationarity_after[better], gaps_after[better]
         worst[better] = after[better]
     result.status[solved & ~(worst <= options.tolerance)] = Status.NOT_CONVERGED
     return result

@@ -494,7 +494,7 @@ def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds:
     force = _ratio(np.abs(bounds), terms[problem.bounded])
     outside = np.zeros(len(bounds))
     for past, pushed in ((at - problem.upper, bounds > 0.0), (problem.lower - at, bounds < 0.0)):
-        scale = np.abs(at) + np.where(np.isfinite(past), np.abs(at - np.where(np.isfinite(past), past, 0.0)), np.inf)
+        scale = 2.0 * np.abs(at) + np.abs(past)
         amount = _ratio(np.abs(past), scale + GLOBAL * reach * units[problem.bounded])
         amount = np.where(np.isfinite(past), amount, np.inf)
         outside = np.maximum(outside, np.where(past > 0.0, amount, np.where(pushed, np.minimum(amount, force), 0.0)))
@@ -504,7 +504,8 @@ def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds:
 
 def _ratio(amount: FloatArray, size: FloatArray) -> FloatArray:
     """Divide; zero over zero is zero."""
-    return np.where(amount > 0.0, amount / np.where(size > 0.0, size, np.finfo(np.float64).tiny), 0.0)
+    finite = np.where(np.isfinite(amount), amount, 0.0)
+    return np.where(amount > 0.0, finite / np.where(size > 0.0, size, np.finfo(np.float64).tiny), 0.0)
 
 
 def _row_largest(matrix: Any, weights: FloatArray) -> FloatArray:

@@ -60,8 +60,8 @@ def refine(values: QPValues, options: Options, result: Result) -> Result:
         if projected is not None:
             rows[b], bounds[b] = projected
     # What a solver calls dependent may be only nearly so: then its vertex is the only point.
-    old = active_set.residuals(part, before.primal, before.rows, before.bounds)[1]
-    new = active_set.residuals(part, before.primal, rows, bounds)[1]
+    old = active_set.residuals(part, before.primal, before.rows, before.bounds)[2]
+    new = active_set.residuals(part, before.primal, rows, bounds)[2]
     keep = np.flatnonzero(face.dependent & (new <= np.maximum(10.0 * old, _RESIDUAL)))
     if not len(keep):
         return result

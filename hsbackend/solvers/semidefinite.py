@@ -27,6 +27,7 @@ from hsbackend.face import GramFace, LeastNormFace
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers import active_set, interior_point
 from hsbackend.solvers.result import Options, Result
+from hsbackend.solvers.scaling import Scaling
 from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
@@ -59,6 +60,7 @@ class SemidefiniteSetup:
         flat: (ns,) variables without curvature.
 
     Attributes:
+        scaling: units in which the problem is solved; None for those of the data.
         convex: whether the Hessian is positive semidefinite.
         proximal: variables of proximal steps.
         gram: the constant data of the active set.
@@ -68,6 +70,11 @@ class SemidefiniteSetup:
         self, hessian: FloatArray, rows: FloatArray, num_equalities: int, bounded: IndexArray, flat: IndexArray
     ) -> None:
         """Factor once."""
+        self.scaling = Scaling.of(hessian, rows)
+        if self.scaling is not None:
+            columns, weights = self.scaling.columns, self.scaling.rows
+            both = columns**2 if hessian.ndim == 2 else columns[:, :, None] * columns[:, None, :]
+            hessian, rows = hessian * both, rows * weights[:, :, None] * columns[:, None, :]
         self.convex = bool(_convex(hessian).all())
         every = np.arange(hessian.shape[-1], dtype=np.int64)
         self.proximal = flat if len(flat) else every
@@ -130,17 +137,41 @@ def solve(
         Result with ``non_unique``, and a :class:`~hsbackend.face.LeastNormFace`.
     """
     values, invalid = _without_invalid(values)
-    result = _optimum(values, options, read, setup, warm, start)
+    scaling = Scaling.of(values.hessian, values.rows) if setup is None else setup.scaling
+    if scaling is None:
+        result = _solve(values, options, read, None, setup, warm, start)
+    else:
+        result = _solve(values, options, read, scaling, setup, warm, start)
+        face = result.face
+        result = scaling.undo(values, result)
+        if face is not None:
+            result = replace(result, face=LeastNormFace(values, face.active_rows, face.active_bounds, read))
     result.status[invalid] = Status.INVALID_INPUT
+    return result
+
+
+def _solve(
+    given: QPValues, options: Options, read: Mask, scaling: Scaling | None, setup: SemidefiniteSetup | None,
+    warm: WarmStart | None, start: Result | None,
+) -> Result:  # fmt: skip
+    """Solve in balanced units, in which the result is returned; the norm is measured in those of the data."""
+    values, units = given, np.ones((1, given.num_variables))
+    if scaling is not None:
+        values, units, warm = scaling.apply(given), scaling.columns, scaling.start(warm)
+    result = _optimum(values, options, read, setup, warm, start)
     face = result.face
     if not isinstance(face, LeastNormFace):  # every item failed before there was a face
         return result
+    result = _rescue(given, values, options, scaling, result)
+    face = result.face
+    assert isinstance(face, LeastNormFace)
     non_unique = np.zeros(values.batch, dtype=bool)
     rows, bounds = face.active_rows.copy(), face.active_bounds.copy()
     if options.jacobian == "active":
         _hold_active(values, options, result, rows, bounds)
     for b in np.flatnonzero(_doubtful(values, result, read)):
-        found = _Item(values, int(b)).select(result, options, read)
+        weights = np.where(read, units[b if len(units) > 1 else 0], 0.0)
+        found = _Item(values, int(b)).select(result, options, weights)
         if found is not None:
             non_unique[b], result.primal[b], rows[b], bounds[b] = found
     final, changed = face.replaced(rows, bounds)
@@ -189,18 +220,29 @@ def _optimum(
     else:
         result = replace(start, face=_no_face(values, read))
     convex = np.broadcast_to(convex, (values.batch,))
-    left = np.flatnonzero((result.status != Status.SOLVED) & (result.status != Status.INVALID_INPUT) & convex)
-    if len(left) and isinstance(result.face, LeastNormFace):
-        part = values.take(left)
-        found = interior_point.solve(part, options)
-        sides = interior_point.active_sides(part, found.primal, found.rows, found.bounds)
-        result.primal[left], result.rows[left], result.bounds[left] = found.primal, found.rows, found.bounds
-        result.status[left] = found.status
-        result.steps[left] += found.steps
-        result.face.active_rows[left], result.face.active_bounds[left] = sides
-        result = replace(result, face=replace(result.face))
     result.status[~convex & (result.status != Status.INVALID_INPUT)] = Status.NOT_STRICTLY_CONVEX
+    result.status[convex & (result.status == Status.NOT_STRICTLY_CONVEX)] = Status.NOT_CONVERGED
     return result
+
+
+def _rescue(given: QPValues, values: QPValues, options: Options, scaling: Scaling | None, result: Result) -> Result:
+    """Give what is not solved to the interior-point method, in the units of the data: it has its own."""
+    face = result.face
+    failed = np.isin(result.status, [Status.NOT_CONVERGED, Status.UNBOUNDED, Status.INFEASIBLE])
+    left = np.flatnonzero(failed).astype(np.int64)
+    if not len(left) or not isinstance(face, LeastNormFace):
+        return result
+    part = given.take(left)
+    found = interior_point.solve(part, options)
+    sides = interior_point.active_sides(part, found.primal, found.rows, found.bounds)
+    if scaling is not None:
+        found = scaling.take(left).result(part, found)
+    result.primal[left], result.rows[left], result.bounds[left] = found.primal, found.rows, found.bounds
+    result.status[left] = found.status
+    result.steps[left] += found.steps
+    rows, bounds = face.active_rows.copy(), face.active_bounds.copy()
+    rows[left], bounds[left] = sides
+    return replace(result, face=replace(face, active_rows=rows, active_bounds=bounds))
 
 
 def _no_face(values: QPValues, read: Mask) -> LeastNormFace:
@@ -305,14 +347,14 @@ class _Item:
         return right[int(np.sum(singular > _RANK * singular.max(initial=0.0))) :].T
 
     def select(
-        self, result: Result, options: Options, read: Mask
+        self, result: Result, options: Options, weights: FloatArray
     ) -> tuple[bool, FloatArray, IndexArray, IndexArray] | None:
         """Choose among the optima.
 
         Args:
             result: one optimum of every item.
             options: tolerances, and which K to keep.
-            read: (n,) variables whose norm decides.
+            weights: (n,) of the variables in the norm that decides; zero where nobody reads them.
 
         Returns:
             Whether the variables that are read have more than one optimal value, the chosen point, and the sides of
@@ -327,7 +369,8 @@ class _Item:
         cost, curvature = np.abs(self.linear).max(initial=0.0), np.abs(self.hessian).max(initial=0.0)
         support = (pull > _negligible(cost, curvature, np.abs(x).max(initial=0.0))) | self.equality
         basis = self._directions(support)
-        seen = basis[read]
+        read = weights > 0.0
+        seen = weights[read, None] * basis[read]
         if not np.abs(seen).max(initial=0.0) > 1e-8:
             return None
         slack = self.limits - self.normals @ x
@@ -337,7 +380,7 @@ class _Item:
         rows = self.normals[others] @ basis
         touched = np.abs(rows).max(axis=1, initial=0.0) > 1e-10
         others, rows = others[touched], rows[touched]
-        step, pushing = _least_norm(seen, x[read], rows, slack[others], options)
+        step, pushing = _least_norm(seen, (weights * x)[read], rows, slack[others], options)
         primal = x
         if step is not None:
             primal = x + basis @ step

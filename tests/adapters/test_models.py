@@ -101,6 +101,111 @@ def test_the_optimum_of_least_norm_and_its_gradient(kind):
     assert_close(gradient, np.array([[0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 0]]), 1e-10, 1.0)
 
 
+def _solve(matrix, vector):
+    """The solution of least norm, as a torch expression."""
+    return (torch.linalg.pinv(matrix) @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _without_cost():
+    x, a, b = cp.Variable(4), cp.Parameter((2, 4)), cp.Parameter(2)
+    return cp.Problem(cp.Minimize(cp.sum(0 * x)), [a @ x == b]), [a, b], [x], _solve
+
+
+def _wide_least_squares():
+    x, a, b = cp.Variable(4), cp.Parameter((2, 4)), cp.Parameter(2)
+    return cp.Problem(cp.Minimize(cp.sum_squares(a @ x - b))), [a, b], [x], _solve
+
+
+def _wide_least_absolute_deviations():
+    x, a, b = cp.Variable(4), cp.Parameter((2, 4)), cp.Parameter(2)
+    return cp.Problem(cp.Minimize(cp.norm1(a @ x - b))), [a, b], [x], _solve
+
+
+def _constant_cost_beside_parameters():
+    """The cost is eliminated once and for all, and can be zero where the equation holds."""
+    row = np.array([[1.0, -0.5, 2.0, 0.3]])
+    x, a, b = cp.Variable(4), cp.Parameter((1, 4)), cp.Parameter(1)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(row @ x - 1.0)), [a @ x == b])
+
+    def exact(a, b):
+        rows = torch.cat([torch.tensor(row).expand(len(a), 1, 4), a], dim=1)
+        return _solve(rows, torch.cat([torch.ones(len(a), 1, dtype=torch.float64), b], dim=1))
+
+    return problem, [a, b], [x], exact
+
+
+def _along_a_price():
+    """As much of a'x as is allowed, without equations."""
+    x, a, b = cp.Variable(4), cp.Parameter(4), cp.Parameter(1)
+    exact = lambda a, b: a * b / (a * a).sum(-1, keepdim=True)  # noqa: E731
+    return cp.Problem(cp.Maximize(a @ x), [a @ x <= b]), [a, b], [x], exact
+
+
+def _held_by_a_floor():
+    """Nothing costs anything, but x would like to be smaller than the floor allows."""
+    x, a, b = cp.Variable(4), cp.Parameter(4), cp.Parameter(1)
+    exact = lambda a, b: a * b.abs() / (a * a).sum(-1, keepdim=True)  # noqa: E731
+    return cp.Problem(cp.Minimize(cp.sum(0 * x)), [a @ x >= cp.abs(b)]), [a, b], [x], exact
+
+
+def _hidden_variable():
+    """What is not returned takes what it can: x of least norm with (I - s s'/|s|^2)(a x - b) = 0."""
+    x, y = cp.Variable(4), cp.Variable()
+    a, b, s = cp.Parameter((2, 4)), cp.Parameter(2), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(cp.sum(0 * x)), [a @ x + cp.multiply(s, y) == b])
+
+    def exact(a, b, s):
+        across = torch.stack([-s[:, 1], s[:, 0]], dim=1).unsqueeze(1)
+        return _solve(across @ a, (across @ b.unsqueeze(-1)).squeeze(-1))
+
+    return problem, [a, b, s], [x], exact
+
+
+TURNING = (
+    _without_cost,
+    _wide_least_squares,
+    _wide_least_absolute_deviations,
+    _constant_cost_beside_parameters,
+    _along_a_price,
+    _held_by_a_floor,
+    _hidden_variable,
+)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("model", TURNING)
+def test_the_optimum_of_least_norm_turns_with_the_matrices(kind, model):
+    """In closed form: the gradient of a parameter in a matrix, also where the item is not moved by anything else."""
+    problem, parameters, variables, exact = model()
+    layer = make_layer(kind, problem, parameters, variables, fallback="error")
+    rng = np.random.default_rng(0)
+    batch = 3
+    values = [rng.normal(size=(batch, *parameter.shape)) for parameter in parameters]
+    cotangent = rng.normal(size=(batch, 4))
+    (out,), gradients = run(layer, values, [cotangent])
+    assert _solver_of(kind, layer).non_unique.tolist() == [True] * batch
+    wanted = tensors(values)
+    expected = exact(*wanted)
+    assert_close(out, expected, 1e-9, 1.0)
+    for one, other in zip(gradients, torch.autograd.grad(expected, wanted, torch.tensor(cotangent)), strict=True):
+        assert_close(one, other, 1e-8, 1.0)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_it_turns_with_one_matrix_for_all_items(kind):
+    """A parameter given once for a batch gets the sum."""
+    problem, parameters, variables, exact = _without_cost()
+    layer = make_layer(kind, problem, parameters, variables, fallback="error")
+    rng = np.random.default_rng(1)
+    values = [rng.normal(size=(2, 4)), rng.normal(size=(3, 2))]
+    cotangent = rng.normal(size=(3, 4))
+    _, gradients = run(layer, values, [cotangent])
+    wanted = tensors(values)
+    expected = exact(wanted[0].expand(3, 2, 4), wanted[1])
+    for one, other in zip(gradients, torch.autograd.grad(expected, wanted, torch.tensor(cotangent)), strict=True):
+        assert_close(one, other, 1e-9, 1.0)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_says_which_items_have_other_optima(kind):
     layer = make_layer(kind, *_median())

@@ -82,7 +82,9 @@ class Tally:
         self.wrong += [f"{label}: {complaint}" for complaint in verdict.complaints]
         self.counts["items"] += 1
         self.counts["extreme items"] += int(case.knobs.extreme)
-        if verdict.not_converged:
+        if verdict.not_converged and way == "reference":
+            self.counts["reference gave up"] += 1  # the twin of the fast solvers: for data of ordinary size
+        elif verdict.not_converged:
             self.given_up.append(f"{label}: NOT_CONVERGED, {'extreme' if case.knobs.extreme else 'ordinary'}")
         elif case.fate[b] == Status.SOLVED:
             self.counts[f"unique {verdict.unique}"] += 1
@@ -94,7 +96,7 @@ def _through_plan(case: KnownCase, way: str, tally: Tally) -> None:
     """Run one case through a plan; a solver asked for may decline, when it needs bounds or a diagonal Hessian."""
     plan = Plan(case.program(), SOLVERS.get(way))
     if not plan.route.polyhedral:
-        if way != "semismooth_newton":
+        if way not in ("semismooth_newton", "reference"):
             tally.wrong.append(f"seed {case.seed} ({way}): declined, {plan.route.reason}")
         return
     solution: Solution = plan.solve(case.parameters(), Options())
