@@ -19,8 +19,10 @@ from scipy.optimize import linprog  # pyright: ignore[reportMissingTypeStubs, re
 
 from hsbackend.program import FloatArray
 
-#: What counts as zero, relative to the terms of a sum.
-_ZERO = 1e-7
+#: What counts as zero, relative to the terms of a sum, and what as more than rounding.
+_ZERO, _SOME = 1e-12, 1e-9
+#: Curvature along a ray must be nothing but rounding: a small one ends the descent somewhere.
+_FLAT = 4e-15
 
 
 def _solve(cost: FloatArray, equal: Any, below: Any, box: list[tuple[float, float]]) -> FloatArray | None:
@@ -42,10 +44,21 @@ def _unit_rows(matrix: Any) -> tuple[Any, FloatArray]:
     return sp.csr_array(sp.diags_array(1.0 / size) @ matrix), size
 
 
-def _vanishes(matrix: Any, vector: FloatArray) -> bool:
-    """Whether a product is zero up to rounding of its terms."""
+def _polish(matrix: Any, vector: FloatArray) -> FloatArray:
+    """Return the nearest vector with the same zeros and ``matrix vector = 0``: HiGHS stops at 1e-7."""
+    used = np.flatnonzero(vector)
+    block = sp.csr_array(matrix)[:, used].toarray()
+    polished = vector.copy()
+    for _ in range(2):
+        step, *_ = np.linalg.lstsq(block, block @ polished[used], rcond=1e-12)
+        polished[used] -= step
+    return polished
+
+
+def _vanishes(matrix: Any, vector: FloatArray, zero: float = _ZERO) -> bool:
+    """Whether a product is zero, relative to its terms."""
     terms = abs(sp.csr_array(matrix)) @ np.abs(vector)
-    return bool(np.all(np.abs(matrix @ vector) <= _ZERO * np.maximum(terms, np.abs(vector).max(initial=0.0) * 1e-9)))
+    return bool(np.all(np.abs(matrix @ vector) <= zero * np.maximum(terms, np.abs(vector).max(initial=0.0) * 1e-9)))
 
 
 def farkas(matrix: Any, rhs: FloatArray, num_equalities: int) -> FloatArray | None:
@@ -70,13 +83,13 @@ def farkas(matrix: Any, rhs: FloatArray, num_equalities: int) -> FloatArray | No
     found = _solve(limits / unit if unit > 0.0 else limits, _unit_rows(scaled.T)[0], None, box)
     if found is None:
         return None
-    found[np.abs(found) <= 1e-12] = 0.0
+    found = _polish(scaled.T, np.where(np.abs(found) <= _SOME, 0.0, found))
+    fits = bool(np.all(found[~equality] >= 0.0)) and _vanishes(scaled.T, found)
+    if not fits or not limits @ found < -_SOME * (np.abs(limits) @ np.abs(found)):
+        return None
     y = np.zeros(len(rhs))
     y[there] = found / size
-    y /= np.abs(y).max()
-    if not _vanishes(scaled.T, found) or not limits @ found < 0.0:
-        return None
-    return y
+    return y / np.abs(y).max()
 
 
 def ray(quadratic: Any, linear: FloatArray, matrix: Any, rhs: FloatArray, num_equalities: int) -> FloatArray | None:
@@ -105,9 +118,15 @@ def ray(quadratic: Any, linear: FloatArray, matrix: Any, rhs: FloatArray, num_eq
     found = _solve(linear / size, equal, below, [(-1.0, 1.0)] * len(linear))
     if found is None:
         return None
-    found[np.abs(found) <= 1e-12] = 0.0
-    found /= np.abs(found).max()
+    found = np.where(np.abs(found) <= _SOME, 0.0, found)
+    tight = below @ found > -_SOME * (abs(below) @ np.abs(found))
+    found = _polish(sp.vstack([equal, below[tight]]), found)
     rising = below @ found > _ZERO * (abs(below) @ np.abs(found))
-    if not _vanishes(equal, found) or rising.any() or not linear @ found < 0.0:
+    if (
+        not _vanishes(equal, found)
+        or not _vanishes(curvature, found, _FLAT)
+        or rising.any()
+        or not linear @ found < -_SOME * (np.abs(linear) @ np.abs(found))
+    ):
         return None
-    return found
+    return found / np.abs(found).max()

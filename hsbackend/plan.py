@@ -394,7 +394,9 @@ class Plan:
         if not self._semidefinite:
             result = self._run_again(values, options, result)
         if self.route.solver != "reference":
-            result = least_norm.refine(values, options, result)
+            result = least_norm.refine(values, options, result, self._seen)
+        for item in np.flatnonzero(result.status == Status.NOT_CONVERGED):
+            result.status[item] = self._explain_failure(parameters, int(item))
         warm = WarmStart.of(values, result) if options.keep_warm else None
         presolved = _Presolved(definitions, curvature, lower_slot, upper_slot)
         conflicts = self._conflicts(result, presolved)
@@ -416,6 +418,10 @@ class Plan:
         primal, multipliers = self._postsolve(trail, result.primal, row_multipliers, definitions, curvature)
         if multipliers is None:
             multipliers = np.zeros((batch, 0))
+        if result.delicate is not None and options.multipliers:
+            delicate = np.flatnonzero(result.delicate & ~failed)
+            failed = failed | self._misses(parameters, options, delicate, primal, multipliers)
+            result.status[failed & (result.status == Status.SOLVED)] = Status.NOT_CONVERGED
         if failed.any():
             primal[failed] = np.nan
             multipliers[failed] = np.nan
@@ -426,6 +432,31 @@ class Plan:
             primal, multipliers, result.status, conflicts, result.steps, result.face, non_unique, presolved,
             partial(self._certify, tuple(parameters)), warm,
         )  # fmt: skip
+
+    def _misses(
+        self, parameters: Sequence[FloatArray], options: Options, items: IndexArray, primal: FloatArray,
+        multipliers: FloatArray,
+    ) -> NDArray[np.bool_]:  # fmt: skip
+        """Return (B,) which of some items miss the tolerance in the data of the whole program, in their own units."""
+        missed = np.zeros(len(primal), dtype=bool)
+        program, none = self.program, np.zeros(0)
+        for item in items:
+            own = [values[item if len(values) > 1 else 0][None] for values in parameters]
+            problem = interior_point.Problem(
+                program.quadratic.dense(own)[0], -program.linear.evaluate(own, 1)[0], program.matrix.dense(own)[0],
+                program.num_equalities, program.rhs.evaluate(own, 1)[0], none.astype(np.int64), none, none,
+            )  # fmt: skip
+            residual = interior_point.kkt_residual(problem, primal[item], multipliers[item], none)
+            missed[item] = not residual <= options.tolerance
+        return missed
+
+    def _explain_failure(self, parameters: Sequence[FloatArray], item: int) -> Status:
+        """Look for a certificate where the solvers found neither a solution nor a reason why there is none."""
+        if self._requested != "reference":
+            for status in (Status.INFEASIBLE, Status.UNBOUNDED):
+                if self._certify(parameters, item, status) is not None:
+                    return status
+        return Status.NOT_CONVERGED
 
     def _certify(self, parameters: Sequence[FloatArray], item: int, status: Status) -> FloatArray | None:
         """Find a certificate of one item from the data of the whole program."""
@@ -514,7 +545,9 @@ class Plan:
         non_unique = np.zeros(values.batch, dtype=bool) if result.non_unique is None else result.non_unique
         if again.non_unique is not None:
             non_unique[items] = again.non_unique
-        return replace(result, face=face, non_unique=non_unique)
+        delicate = np.zeros(values.batch, dtype=bool) if result.delicate is None else result.delicate
+        delicate[items] = True
+        return replace(result, face=face, non_unique=non_unique, delicate=delicate)
 
     @property
     def _too_large(self) -> bool:

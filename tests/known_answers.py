@@ -311,7 +311,7 @@ def _draw_knobs(rng: np.random.Generator) -> Knobs:
         rows, columns, cost, length = int(pick(1, 3)), int(pick(1, 2)), int(pick(-2, 2)), int(pick(-1, 1))
     tiny = 0 if rank == 0 else rarely(12, 3, 5, 8)
     spread = 0 if tiny or rank == 0 or hessian == "identity" else rarely(4, 2, 4, 8)
-    near = 0 if tiny or spread else rarely(8, 2, 4, 6, 8, 10)
+    near = 0 if tiny or spread else rarely(8, 2, 4, 6, 8)
     fate = str(pick("solved", "infeasible", "nearly infeasible", "unbounded", weights=(14, 3, 2, 3)))
     if fate == "unbounded" and rank == n:
         fate = "solved"
@@ -672,6 +672,8 @@ def is_unique(case: KnownCase, b: int) -> bool | None:
     multiplier (Mangasarian, 1988). Unique with a margin: no direction of length one violates these by less than the
     margin. Not unique with a margin: a direction exists in exact arithmetic and can be followed for a length of 1e-3.
     """
+    if case.knobs.near_dependent > 6:  # two rows that differ by less than the margin
+        return None
     way = _directions(case, b)
     n = way.lines.shape[1]
     if way.firm.shape[0] >= n and np.linalg.svd(way.firm, compute_uv=False)[-1] > UNIQUENESS_MARGIN:
@@ -728,6 +730,28 @@ class Verdict:
     unique: bool | None = None
 
 
+def _within_tolerance(case: KnownCase, b: int, x: Array, multipliers: Array) -> bool:
+    """Whether a point satisfies the KKT conditions to 1e-9, every sum relative to its own terms, in the user's units.
+
+    A problem without a solution by a margin of 1e-6 has neighbours within 1e-9 that have one, far away: a solver that
+    returns it keeps what it promises.
+    """
+    hessian = case.hessian[b if len(case.hessian) > 1 else 0]
+    rows, rhs, linear = case.rows[b if len(case.rows) > 1 else 0], case.rhs[b], case.linear[b]
+    present = np.isfinite(rhs)
+    rows, rhs, nu = rows[present], rhs[present], multipliers[present]
+    inner = np.flatnonzero(present) >= case.equalities
+    gap = rows @ x - rhs
+    row_terms = np.abs(rows) @ np.abs(x) + np.abs(rhs)
+    terms = np.abs(hessian) @ np.abs(x) + np.abs(linear) + np.abs(nu) @ np.abs(rows)
+    stationary = np.all(np.abs(hessian @ x + linear + nu @ rows) <= 1e-9 * terms)
+    feasible = np.all(np.where(inner, gap, np.abs(gap)) <= 1e-9 * row_terms)
+    signs = np.all(nu[inner] >= 0.0)
+    pull = (np.abs(rows * nu[:, None]) / np.where(terms > 0.0, terms, np.inf)).max(axis=1, initial=0.0)
+    complementary = np.all((pull <= 1e-9) | (np.abs(gap) <= 1e-9 * row_terms) | ~inner)
+    return bool(stationary and feasible and signs and complementary)
+
+
 def judge(
     case: KnownCase, b: int, status: int, x: Array, multipliers: Array, non_unique: bool | None = None
 ) -> Verdict:
@@ -747,6 +771,9 @@ def judge(
     wanted, told = Status(int(case.fate[b])), Status(status)
     if told == Status.NOT_CONVERGED:
         return Verdict((), not_converged=True)
+    thin = case.knobs.margin >= 6 and told == Status.SOLVED and wanted != Status.SOLVED
+    if thin and _within_tolerance(case, b, x, multipliers):
+        return Verdict(())
     if told != wanted:
         return Verdict((f"status {told.name}, truth {wanted.name}",))
     if told != Status.SOLVED:

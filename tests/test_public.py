@@ -17,9 +17,9 @@ import hsbackend
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules from the bottom up: each may import only those before it.
 ORDER = [
-    "status", "_parallel", "_blas", "families", "program", "certificates", "batched", "_face_kernels", "_least_norm_kernels", "metric", "face", "reduce",
-    "structure", "route", "solvers", "plan", "differentiate", "operators", "closed_forms", "pseudo_inverse",
-    "qp_program", "qp_face", "qp_operators", "closest", "qp", "sets",
+    "status", "_parallel", "_blas", "families", "program", "certificates", "batched", "_face_kernels",
+    "_least_norm_kernels", "metric", "face", "reduce", "structure", "route", "solvers", "plan", "differentiate",
+    "operators", "closed_forms", "pseudo_inverse", "qp_program", "qp_face", "qp_operators", "closest", "qp", "sets",
     "polyhedron", "functional", "nn",
 ]  # fmt: skip
 

@@ -68,9 +68,10 @@ def kkt_residuals(
         matrix = hessian[b * varying_h]
         normals = rows[b * varying]
         _units(matrix, diagonal, normals, D)
-        reach, curvature = 0.0, 0.0
+        reach, largest_x, curvature = 0.0, 0.0, 0.0
         for j in range(n):
             reach = max(reach, abs(x[j]) / D[j])
+            largest_x = max(largest_x, abs(x[j]))
             if diagonal:
                 residual[j] = matrix[0, j] * x[j]
                 terms[j] = abs(residual[j])
@@ -112,13 +113,15 @@ def kkt_residuals(
             for limit in (lower[b, i], upper[b, i]):
                 if abs(limit) < 1e300:
                     reach = max(reach, LIMITS * abs(limit) / D[j])
-        force = curvature * reach * LIMITS
+        force, plain_force = curvature * reach * LIMITS, 0.0
         for j in range(n):
             force = max(force, terms[j] * D[j])
+            plain_force = max(plain_force, terms[j])
+        plain_force = max(plain_force, curvature * reach * LIMITS)
         largest = 0.0
         invalid = False
         for j in range(n):
-            terms[j] += GLOBAL * force / D[j]
+            terms[j] += GLOBAL * min(force / D[j], plain_force)
             if not np.isfinite(residual[j]):
                 invalid = True
             elif residual[j] != 0.0:
@@ -128,10 +131,11 @@ def kkt_residuals(
             nu, gap = row_multipliers[b, i], gaps[b, i]
             if i >= n_eq and gap <= 0.0 and nu == 0.0:
                 continue
-            length = 0.0
+            length, plain = 0.0, 0.0
             for j in range(n):
                 length = max(length, abs(row[j]) * D[j])
-            scale = size[i] + GLOBAL * reach * length
+                plain = max(plain, abs(row[j]))
+            scale = size[i] + GLOBAL * min(reach * length, max(largest_x, LIMITS * reach) * plain)
             relative = abs(gap) / scale if gap != 0.0 else 0.0
             if i >= n_eq and (nu < 0.0 or gap < 0.0):
                 pull = 0.0
@@ -154,6 +158,7 @@ def kkt_residuals(
             if violated:
                 gap = max(above, below)
             if gap != 0.0:
-                relative = abs(gap) / (abs(x[j]) + abs(x[j]) + abs(gap) + GLOBAL * reach * D[j])
+                floor = GLOBAL * min(reach * D[j], max(largest_x, LIMITS * reach))
+                relative = abs(gap) / (abs(x[j]) + abs(x[j]) + abs(gap) + floor)
                 largest = max(largest, relative if violated else min(relative, pull))
         worst[b] = np.nan if invalid else largest  # NaN must not pass as small

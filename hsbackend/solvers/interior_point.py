@@ -73,7 +73,7 @@ _NEAR = 1e-2
 #: How often the face is corrected.
 _CORRECTIONS = 10
 #: A Farkas combination excludes points up to this multiple of its limits; curvature and violation of a ray.
-_REACH, _RAY = 1e9, 1e-10
+_REACH, _RAY = 1e9, 1e-12
 
 
 @dataclass(frozen=True)
@@ -483,9 +483,11 @@ def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds:
     np.add.at(terms, problem.bounded, np.abs(bounds))
     if not np.isfinite(stationarity).all():
         return np.nan
-    terms = terms + GLOBAL * max(curvature * reach * LIMITS, _largest(terms * units)) / units
+    least, largest = curvature * reach * LIMITS, max(_largest(primal), LIMITS * reach)
+    terms = terms + GLOBAL * np.minimum(max(least, _largest(terms * units)) / units, max(least, _largest(terms)))
     gap = problem.rows @ primal - problem.rhs
-    size = normals @ np.abs(primal) + limit + GLOBAL * reach * length
+    plain = _row_largest(problem.rows, np.ones(len(units)))
+    size = normals @ np.abs(primal) + limit + GLOBAL * np.minimum(reach * length, largest * plain)
     pull = np.abs(rows) * _row_largest(problem.rows, 1.0 / np.where(terms > 0.0, terms, np.inf))
     violation = _ratio(np.abs(gap), size)
     inner = np.arange(len(gap)) >= me
@@ -495,7 +497,7 @@ def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds:
     outside = np.zeros(len(bounds))
     for past, pushed in ((at - problem.upper, bounds > 0.0), (problem.lower - at, bounds < 0.0)):
         scale = 2.0 * np.abs(at) + np.abs(past)
-        amount = _ratio(np.abs(past), scale + GLOBAL * reach * units[problem.bounded])
+        amount = _ratio(np.abs(past), scale + GLOBAL * np.minimum(reach * units[problem.bounded], largest))
         amount = np.where(np.isfinite(past), amount, np.inf)
         outside = np.maximum(outside, np.where(past > 0.0, amount, np.where(pushed, np.minimum(amount, force), 0.0)))
     parts = (_ratio(np.abs(stationarity), terms), violation, wrong, outside)
@@ -958,7 +960,7 @@ def proves_infeasible(values: QPValues, result: Result, item: int) -> bool:
 def is_ray(problem: Problem, ray: FloatArray, columns: FloatArray | None = None) -> bool:
     """Whether the objective falls without end along a ray that no row and no limit ends.
 
-    Curvature and violations are zero up to 1e-10 of their terms, and the descent is more than rounding.
+    Curvature and violations are zero up to 1e-12 of their terms, and the descent is more than rounding.
 
     Args:
         problem: the data.

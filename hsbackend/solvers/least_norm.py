@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from hsbackend.face import KKTSolution, LeastNormFace, MixedFace
+from hsbackend.face import KKTSolution, LeastNormFace, Mask, MixedFace
 from hsbackend.program import FloatArray, QPValues
-from hsbackend.solvers import active_set
+from hsbackend.solvers import active_set, interior_point
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
 
@@ -27,13 +27,14 @@ _NEGATIVE = 1e-11
 _RESIDUAL = 1e-11
 
 
-def refine(values: QPValues, options: Options, result: Result) -> Result:
+def refine(values: QPValues, options: Options, result: Result, read: Mask | None = None) -> Result:
     """Choose the multipliers of least norm in the items whose active rows are dependent.
 
     Args:
         values: the problems.
         options: which rows belong to the face.
         result: the solver's; its arrays are overwritten in those items.
+        read: (n,) variables whose norm selects among the optima, all by default.
 
     Returns:
         The result with a face that knows about the dependence; unchanged without a face.
@@ -44,8 +45,8 @@ def refine(values: QPValues, options: Options, result: Result) -> Result:
     if not len(items):
         return result
     part, before = values.take(items), result.take(items)
-    every = np.ones(values.num_variables, dtype=bool)
-    face = LeastNormFace(part, result.face.active_rows[items], result.face.active_bounds[items], every)
+    read = np.ones(values.num_variables, dtype=bool) if read is None else read
+    face = LeastNormFace(part, result.face.active_rows[items], result.face.active_bounds[items], read)
     found = _unsigned(part, face)
     equality = np.arange(values.rhs_rows.shape[1]) < values.num_equalities
     fixed = part.lower == part.upper
@@ -68,7 +69,7 @@ def refine(values: QPValues, options: Options, result: Result) -> Result:
     items = items[keep]
     result.rows[items], result.bounds[items] = rows[keep], bounds[keep]
     if len(keep) < len(part.rhs_primal):
-        face = LeastNormFace(part.take(keep), face.active_rows[keep], face.active_bounds[keep], every)
+        face = LeastNormFace(part.take(keep), face.active_rows[keep], face.active_bounds[keep], read)
     return replace(result, face=face if len(items) == values.batch else MixedFace(result.face, face, items))
 
 
@@ -98,10 +99,13 @@ def _project(
     )  # fmt: skip
     settings = replace(options, keep_face=True, jacobian="active")
     found = active_set.verify(problem, settings, active_set.solve(problem, settings))
-    if found.status[0] != Status.SOLVED or found.face is None:
+    if found.status[0] != Status.SOLVED:
+        found = interior_point.solve(problem, settings)
+    if found.status[0] != Status.SOLVED:
         return None
     w = found.primal[0]
-    w[restricted] = np.where(found.face.active_bounds[0] != 0, 0.0, np.maximum(w[restricted], 0.0))
+    _, at_zero = interior_point.active_sides(problem, found.primal, found.rows, found.bounds)
+    w[restricted] = np.where(at_zero[0] != 0, 0.0, np.maximum(w[restricted], 0.0))
     rows, bounds = np.zeros(part.rhs_rows.shape[1]), np.zeros(len(part.bounded))
     rows[at], bounds[bound_at] = w[: len(at)], w[len(at) :] * side
     return rows, bounds

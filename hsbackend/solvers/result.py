@@ -52,6 +52,7 @@ class Result:
         steps: (B,) iterations.
         face: None when it was not asked for.
         non_unique: (B,) whether a variable that is read has more than one optimal value; None for "nowhere".
+        delicate: (B,) whether the item needed other units or another solver; None for "nowhere".
     """
 
     primal: FloatArray
@@ -61,6 +62,7 @@ class Result:
     steps: IndexArray
     face: Face | None
     non_unique: NDArray[np.bool_] | None = None
+    delicate: NDArray[np.bool_] | None = None
 
     @classmethod
     def failed(cls, values: QPValues, status: Status) -> Result:

@@ -42,7 +42,7 @@ _SLACK = 1e-9
 #: Remainder of a unit row, and curvature relative to the largest, above which nobody looks for a second optimum.
 _CERTAIN_RANK, _CERTAIN_CURVATURE = 1e-3, 1e-6
 #: Singular values of ``[H; N]`` (unit rows) below this are zero.
-_RANK = 1e-9
+_RANK = 1e-11
 #: Length of the projection of a unit vector onto a cone above which the cone is not zero.
 _RAY = 1e-7
 
@@ -146,6 +146,7 @@ def solve(
         result = scaling.undo(values, result)
         if face is not None:
             result = replace(result, face=LeastNormFace(values, face.active_rows, face.active_bounds, read))
+        result = replace(result, delicate=np.ones(values.batch, dtype=bool))
     result.status[invalid] = Status.INVALID_INPUT
     return result
 
@@ -242,7 +243,7 @@ def _rescue(given: QPValues, values: QPValues, options: Options, scaling: Scalin
     result.steps[left] += found.steps
     rows, bounds = face.active_rows.copy(), face.active_bounds.copy()
     rows[left], bounds[left] = sides
-    return replace(result, face=replace(face, active_rows=rows, active_bounds=bounds))
+    return replace(result, face=replace(face, active_rows=rows, active_bounds=bounds), delicate=failed)
 
 
 def _no_face(values: QPValues, read: Mask) -> LeastNormFace:

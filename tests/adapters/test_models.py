@@ -137,15 +137,14 @@ def _constant_cost_beside_parameters():
 def _along_a_price():
     """As much of a'x as is allowed, without equations."""
     x, a, b = cp.Variable(4), cp.Parameter(4), cp.Parameter(1)
-    exact = lambda a, b: a * b / (a * a).sum(-1, keepdim=True)  # noqa: E731
-    return cp.Problem(cp.Maximize(a @ x), [a @ x <= b]), [a, b], [x], exact
+    return cp.Problem(cp.Maximize(a @ x), [a @ x <= b]), [a, b], [x], lambda a, b: _solve(a.unsqueeze(1), b)
 
 
 def _held_by_a_floor():
     """Nothing costs anything, but x would like to be smaller than the floor allows."""
     x, a, b = cp.Variable(4), cp.Parameter(4), cp.Parameter(1)
-    exact = lambda a, b: a * b.abs() / (a * a).sum(-1, keepdim=True)  # noqa: E731
-    return cp.Problem(cp.Minimize(cp.sum(0 * x)), [a @ x >= cp.abs(b)]), [a, b], [x], exact
+    problem = cp.Problem(cp.Minimize(cp.sum(0 * x)), [a @ x >= cp.abs(b)])
+    return problem, [a, b], [x], lambda a, b: _solve(a.unsqueeze(1), b.abs())
 
 
 def _hidden_variable():
@@ -179,11 +178,10 @@ def test_the_optimum_of_least_norm_turns_with_the_matrices(kind, model):
     problem, parameters, variables, exact = model()
     layer = make_layer(kind, problem, parameters, variables, fallback="error")
     rng = np.random.default_rng(0)
-    batch = 3
-    values = [rng.normal(size=(batch, *parameter.shape)) for parameter in parameters]
-    cotangent = rng.normal(size=(batch, 4))
+    values = [rng.normal(size=(3, *parameter.shape)) for parameter in parameters]
+    cotangent = rng.normal(size=(3, 4))
     (out,), gradients = run(layer, values, [cotangent])
-    assert _solver_of(kind, layer).non_unique.tolist() == [True] * batch
+    assert _solver_of(kind, layer).non_unique.tolist() == [True] * 3
     wanted = tensors(values)
     expected = exact(*wanted)
     assert_close(out, expected, 1e-9, 1.0)

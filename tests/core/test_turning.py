@@ -1,8 +1,8 @@
 """The optimum of least norm turns with Q, A and G: gradients at optima that are not unique, against differences.
 
-Every family keeps the dimension of its set of optima, whatever its leaves do: no cost, ``Q = F F'`` with q in its range,
-or a linear cost made of the rows that hold the face of the optima. What is returned is in a mask; only that counts in
-the norm.
+Every family keeps the dimension of its set of optima, whatever its leaves do: no cost, ``Q = F F'`` with q in its
+range, or a linear cost made of the rows that hold the face of the optima. What is returned is in a mask; only that
+counts in the norm.
 """
 
 from __future__ import annotations
