@@ -357,6 +357,8 @@ class DenseFace:
 #: Relative to the length of a row, to the largest curvature and to the length of a null direction: remainder of an
 #: active row, curvature on the face, and part of a null direction that is read, below which each counts as zero.
 _RANK, _CURVATURE, _SEEN = 1e-10, 1e-12, 1e-9
+#: Variables from which on a Cholesky factorisation of LAPACK is worth trying before the face is factored.
+_LARGE = 100
 
 
 @dataclass(frozen=True)
@@ -417,7 +419,27 @@ class LeastNormFace:
     @property
     def dependent(self) -> Mask:
         """(B,) whether active rows are dependent; the face gives the multipliers of least norm in any case."""
+        if self.values.num_variables > _LARGE and "_factors" not in self.__dict__:
+            batch = self.values.batch
+            if all(self._surely_independent(b) for b in range(batch)):
+                return np.zeros(batch, dtype=bool)
         return self._factors[1][4][:, DEPENDENT] > 0
+
+    def _surely_independent(self, b: int) -> bool:
+        """Whether the Gram matrix of the active rows on the free variables is well conditioned: one Cholesky factor."""
+        values, rows = self.values, self.active_rows[b] != 0
+        free = np.ones(values.num_variables, dtype=bool)
+        free[values.bounded[self.active_bounds[b] != 0]] = False
+        normals = values.rows[b if len(values.rows) > 1 else 0][rows]
+        length = np.linalg.norm(normals, axis=1, keepdims=True)
+        unit = normals[:, free] / np.where(length > 0.0, length, 1.0)
+        gram = unit @ unit.T
+        gram[np.diag_indices(len(gram))] -= 1e-8
+        try:
+            np.linalg.cholesky(gram)
+        except np.linalg.LinAlgError:
+            return False
+        return True
 
     def replaced(self, rows: IndexArray, bounds: IndexArray) -> tuple[Face, IndexArray]:
         """Return the face with other sides, and the items in which they differ: only those are factored again."""

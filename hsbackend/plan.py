@@ -34,6 +34,10 @@ from hsbackend.solvers.result import Options, Result
 from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
+#: Multiply-adds of a Gram matrix from which on the interior-point method is faster, without and with proximal steps
+#: (docs/performance.md).
+_GRAM_WORK = 5e9, 3e8
+
 
 @dataclass
 class Solution:
@@ -492,6 +496,8 @@ class Plan:
     def _run(self, values: QPValues, options: Options, warm: WarmStart | None) -> Result:
         if self.route.solver == "reference":
             return active_set.verify(values, options, reference.solve(values, options))
+        if self._requested is None and self._prefers_interior(values):
+            return self._by_interior_point(values, options)
         start = None if warm is None else warm.match(values)
         if self._semidefinite:
             return semidefinite.solve(values, options, self._seen, self._semidefinite_setup, start)
@@ -501,6 +507,31 @@ class Plan:
             return semismooth_newton.solve(values, options, self._newton, self._constant_rows, self._gram_setup, start)
         result = active_set.solve(values, options, self._gram_setup(), start)
         return active_set.verify(values, options, result)
+
+    def _prefers_interior(self, values: QPValues) -> bool:
+        """Whether the Gram matrix of all rows costs more than an interior-point solve."""
+        total = values.rows.shape[1] + len(values.bounded)
+        constant = self._fixed_hessian is not None and self._fixed_rows is not None
+        general = self._blocks is None and self._newton is None
+        limit = _GRAM_WORK[bool(self._semidefinite or len(self._proximal))]
+        return general and not constant and values.num_variables * total**2 > limit
+
+    def _by_interior_point(self, values: QPValues, options: Options) -> Result:
+        """Solve large items one by one; what fails goes the other way."""
+        result = semidefinite.solve(values, options, self._seen, start=Result.failed(values, Status.NOT_CONVERGED))
+        failed = np.isin(result.status, [Status.NOT_CONVERGED, Status.NOT_STRICTLY_CONVEX])
+        left = np.flatnonzero(failed).astype(np.int64)
+        if not len(left):
+            return replace(result, delicate=None)
+        part = values.take(left)
+        again = active_set.verify(part, options, active_set.solve(part, options))
+        result.primal[left], result.rows[left], result.bounds[left] = again.primal, again.rows, again.bounds
+        result.status[left] = again.status
+        result.steps[left] += again.steps
+        face = result.face
+        if again.face is not None:
+            face = again.face if face is None else MixedFace(face, again.face, left)
+        return replace(result, face=face)
 
     def _run_again(self, values: QPValues, options: Options, result: Result) -> Result:
         """Give the items that failed to the solver of semidefinite Hessians, and to the interior-point method."""

