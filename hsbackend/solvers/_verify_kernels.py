@@ -12,6 +12,8 @@ from hsbackend._parallel import compile_kernel, inline_kernel
 GLOBAL = 1e-2
 #: Limits count as a size of the point to this extent: most of them may be far away.
 LIMITS = 1e-5
+#: Size of a point, and of a force, where the data know none: a solution zero may be zero up to rounding.
+LEAST = 1e-10
 
 
 @inline_kernel
@@ -68,7 +70,7 @@ def kkt_residuals(
         matrix = hessian[b * varying_h]
         normals = rows[b * varying]
         _units(matrix, diagonal, normals, D)
-        reach, largest_x, curvature = 0.0, 0.0, 0.0
+        reach, largest_x, curvature = LEAST, LEAST, 0.0
         for j in range(n):
             reach = max(reach, abs(x[j]) / D[j])
             largest_x = max(largest_x, abs(x[j]))
@@ -113,7 +115,7 @@ def kkt_residuals(
             for limit in (lower[b, i], upper[b, i]):
                 if abs(limit) < 1e300:
                     reach = max(reach, LIMITS * abs(limit) / D[j])
-        force, plain_force = curvature * reach, 0.0
+        force, plain_force = max(curvature * reach, LEAST), LEAST
         for j in range(n):
             force = max(force, terms[j] * D[j])
             plain_force = max(plain_force, terms[j])

@@ -47,7 +47,7 @@ from scipy.linalg import blas, lapack, lstsq
 from scipy.sparse.linalg import lsmr, splu
 
 from hsbackend.program import FloatArray, IndexArray, QPValues
-from hsbackend.solvers._verify_kernels import GLOBAL, LIMITS
+from hsbackend.solvers._verify_kernels import GLOBAL, LEAST, LIMITS
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
 
@@ -472,7 +472,7 @@ def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds:
     limit = np.where(np.isfinite(problem.rhs), np.abs(problem.rhs), 0.0)
     length = _row_largest(problem.rows, units)
     curvature = float(np.max(np.maximum(diagonal, 0.0) * units**2, initial=0.0))
-    reach = max(_largest(primal / units), LIMITS * _largest(limit[length > 0.0] / length[length > 0.0]))
+    reach = max(LEAST, _largest(primal / units), LIMITS * _largest(limit[length > 0.0] / length[length > 0.0]))
     if curvature > 0.0:
         reach = max(reach, _largest(problem.linear * units) / curvature)
     for sides in (problem.lower, problem.upper):
@@ -483,7 +483,7 @@ def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds:
     np.add.at(terms, problem.bounded, np.abs(bounds))
     if not np.isfinite(stationarity).all():
         return np.nan
-    least, largest = curvature * reach, max(_largest(primal), LIMITS * reach)
+    least, largest = max(curvature * reach, LEAST), max(LEAST, _largest(primal), LIMITS * reach)
     terms = terms + GLOBAL * np.minimum(max(least, _largest(terms * units)) / units, max(least, _largest(terms)))
     gap = problem.rows @ primal - problem.rhs
     plain = _row_largest(problem.rows, np.ones(len(units)))
