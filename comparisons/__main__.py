@@ -1,4 +1,4 @@
-"""Command line: `python -m hsbackend.comparisons speed`, and `portfolio`, `qp`, `degenerate` likewise."""
+"""Command line: `python -m hsbackend.comparisons speed`, and `portfolio`, `qp`, `degenerate`, `accuracy` likewise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from hsbackend.comparisons.accuracy import CASES, run_accuracy
+from hsbackend.comparisons.accuracy import screen_text as accuracy_text
+from hsbackend.comparisons.accuracy import write_report as write_accuracy
 from hsbackend.comparisons.contestants import DEFAULT_ACCURACY, choose_contestants, layer_contestants
 from hsbackend.comparisons.degenerate import run_degenerate
 from hsbackend.comparisons.degenerate import screen_text as degenerate_text
@@ -62,7 +65,7 @@ class UsageError(Exception):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hsbackend.comparisons", description="Comparisons with peers.")
-    commands = parser.add_subparsers(required=True, metavar="{speed,portfolio,degenerate,qp}")
+    commands = parser.add_subparsers(required=True, metavar="{speed,portfolio,degenerate,qp,accuracy}")
 
     speed = commands.add_parser("speed", help="problems x contestants: correctness first, then time")
     speed.add_argument("--suite", choices=sorted(SUITES), default="speed", help="which problems (default: speed)")
@@ -91,11 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     degenerate = commands.add_parser("degenerate", help="gradients at degenerate points, and training through them")
     degenerate.set_defaults(run=_degenerate)
 
-    for command in (speed, portfolio, degenerate):
+    accuracy = commands.add_parser("accuracy", help="errors of x, multipliers and gradients where they are known")
+    accuracy.set_defaults(run=_accuracy)
+
+    for command in (speed, portfolio, degenerate, accuracy):
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--seed", type=int, default=0)
     for command in (speed, portfolio, qp, degenerate):
         command.add_argument("--contestants", nargs="+", metavar="NAME", help="only these contestants")
+    for command in (speed, portfolio, qp, degenerate, accuracy):
         command.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
         command.add_argument(
             "--accuracy",
@@ -260,6 +267,25 @@ def _degenerate(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     print(degenerate_text(report))
     paths = write_degenerate(report, options.output)
+    print("written: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+def _accuracy(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    if device.type != "cpu":
+        raise UsageError("the comparison with known answers runs on the CPU; use --device cpu")
+    progress = Progress(len(CASES))
+    report = run_accuracy(
+        tolerance=options.accuracy,
+        seed=options.seed,
+        quick=options.quick,
+        command="python -m hsbackend.comparisons " + " ".join(sys.argv[1:]),
+        progress=progress,
+    )
+    progress.close()
+    print(accuracy_text(report))
+    paths = write_accuracy(report, options.output)
     print("written: " + ", ".join(str(path) for path in paths))
     return 0
 

@@ -75,6 +75,8 @@ def farkas(matrix: Any, rhs: FloatArray, num_equalities: int) -> FloatArray | No
     """
     matrix = sp.csr_array(matrix)
     there = np.isfinite(rhs)
+    if not there.any():
+        return None
     scaled, size = _unit_rows(matrix[there])
     limits = rhs[there] / size
     unit = float(np.abs(limits).max(initial=0.0))

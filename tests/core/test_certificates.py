@@ -58,3 +58,4 @@ def test_what_has_a_solution_has_no_certificate() -> None:
     assert certificates.ray(np.zeros((2, 2)), np.array([1.0, -1.0]), rows, rhs, 1) is None
     ray = certificates.ray(np.zeros((2, 2)), np.array([1.0, -1.0]), rows, np.array([np.inf, 0.0, 0.0]), 0)
     np.testing.assert_allclose(ray, [0.0, 1.0], atol=1e-12)
+    assert certificates.farkas(np.zeros((0, 2)), np.zeros(0), 0) is None
