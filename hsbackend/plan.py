@@ -577,7 +577,7 @@ class Plan:
         if again.non_unique is not None:
             non_unique[items] = again.non_unique
         delicate = np.zeros(values.batch, dtype=bool) if result.delicate is None else result.delicate
-        delicate[items] = True
+        delicate[items] = start is not None if again.delicate is None else again.delicate
         return replace(result, face=face, non_unique=non_unique, delicate=delicate)
 
     @property

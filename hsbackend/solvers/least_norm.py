@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from hsbackend.face import KKTSolution, LeastNormFace, Mask, MixedFace
-from hsbackend.program import FloatArray, QPValues
+from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers import active_set, interior_point
 from hsbackend.solvers.result import Options, Result
 from hsbackend.status import Status
@@ -47,6 +47,9 @@ def refine(values: QPValues, options: Options, result: Result, read: Mask | None
     part, before = values.take(items), result.take(items)
     read = np.ones(values.num_variables, dtype=bool) if read is None else read
     face = LeastNormFace(part, result.face.active_rows[items], result.face.active_bounds[items], read)
+    if not options.multipliers:  # nobody reads them: what matters is the face
+        keep = np.flatnonzero(face.dependent)
+        return _with_face(result, part, face, items, keep) if len(keep) else result
     found = _unsigned(part, face)
     equality = np.arange(values.rhs_rows.shape[1]) < values.num_equalities
     fixed = part.lower == part.upper
@@ -66,11 +69,18 @@ def refine(values: QPValues, options: Options, result: Result, read: Mask | None
     keep = np.flatnonzero(face.dependent & (new <= np.maximum(10.0 * old, _RESIDUAL)))
     if not len(keep):
         return result
-    items = items[keep]
-    result.rows[items], result.bounds[items] = rows[keep], bounds[keep]
-    if len(keep) < len(part.rhs_primal):
-        face = LeastNormFace(part.take(keep), face.active_rows[keep], face.active_bounds[keep], read)
-    return replace(result, face=face if len(items) == values.batch else MixedFace(result.face, face, items))
+    result.rows[items[keep]], result.bounds[items[keep]] = rows[keep], bounds[keep]
+    return _with_face(result, part, face, items, keep)
+
+
+def _with_face(result: Result, part: QPValues, face: LeastNormFace, items: IndexArray, keep: IndexArray) -> Result:
+    """Put the face of some items, ``items[keep]``, in the place of the solver's."""
+    if isinstance(result.face, LeastNormFace) or result.face is None:
+        return result  # it gives multipliers of least norm already
+    if len(keep) < len(items):
+        face = LeastNormFace(part.take(keep), face.active_rows[keep], face.active_bounds[keep], face.read)
+    whole = len(keep) == len(result.status)
+    return replace(result, face=face if whole else MixedFace(result.face, face, items[keep]))
 
 
 def _unsigned(values: QPValues, face: LeastNormFace) -> KKTSolution:
