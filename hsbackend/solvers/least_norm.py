@@ -6,7 +6,8 @@ At a solution x with active rows N_I (equalities and bounds among them) the mult
 
 one point exactly when the rows are independent. Otherwise the solvers end at some vertex of it, which depends on the
 way they took; this module replaces that vertex by the point of least norm, which depends on the data alone, and the
-face by one whose multipliers are of least norm as well. The point and the primal part of the face stay.
+face by one whose multipliers are of least norm as well. The point and the primal part of the face stay. Rows that a
+solver cannot tell from dependent ones, but the face can, come out as the independent rows that they are.
 """
 
 from __future__ import annotations
@@ -47,9 +48,8 @@ def refine(values: QPValues, options: Options, result: Result, read: Mask | None
     part, before = values.take(items), result.take(items)
     read = np.ones(values.num_variables, dtype=bool) if read is None else read
     face = LeastNormFace(part, result.face.active_rows[items], result.face.active_bounds[items], read)
-    if not options.multipliers:  # nobody reads them: what matters is the face
-        keep = np.flatnonzero(face.dependent)
-        return _with_face(result, part, face, items, keep) if len(keep) else result
+    if not options.multipliers and face.dependent.all():  # nobody reads them: what matters is the face
+        return _with_face(result, face, items)
     found = _unsigned(part, face)
     equality = np.arange(values.rhs_rows.shape[1]) < values.num_equalities
     fixed = part.lower == part.upper
@@ -59,28 +59,25 @@ def refine(values: QPValues, options: Options, result: Result, read: Mask | None
     wrong = pushing.min(axis=1, initial=0.0) < -_NEGATIVE * np.abs(pushing).max(axis=1, initial=0.0)
     rows = np.where(equality | (found.rows > 0.0), found.rows, 0.0)
     bounds = np.where(fixed | (found.bounds * face.active_bounds > 0.0), found.bounds, 0.0)
-    for b in np.flatnonzero(wrong & face.dependent):
+    for b in np.flatnonzero(wrong & face.dependent & options.multipliers):
         projected = _project(part, options, int(b), face, found)
         if projected is not None:
             rows[b], bounds[b] = projected
-    # What a solver calls dependent may be only nearly so: then its vertex is the only point.
+    # What a solver calls dependent may be only nearly so: then one point lies on all rows, which it cannot see.
+    primal = np.where((face.dependent | wrong)[:, None], before.primal, found.primal)
     old = active_set.residuals(part, before.primal, before.rows, before.bounds)[2]
-    new = active_set.residuals(part, before.primal, rows, bounds)[2]
-    keep = np.flatnonzero(face.dependent & (new <= np.maximum(10.0 * old, _RESIDUAL)))
-    if not len(keep):
-        return result
-    result.rows[items[keep]], result.bounds[items[keep]] = rows[keep], bounds[keep]
-    return _with_face(result, part, face, items, keep)
+    new = active_set.residuals(part, primal, rows, bounds)[2]
+    keep = np.flatnonzero((face.dependent | ~wrong) & (new <= np.maximum(10.0 * old, _RESIDUAL)))
+    result.primal[items[keep]], result.rows[items[keep]] = primal[keep], rows[keep]
+    result.bounds[items[keep]] = bounds[keep]
+    return _with_face(result, face, items)
 
 
-def _with_face(result: Result, part: QPValues, face: LeastNormFace, items: IndexArray, keep: IndexArray) -> Result:
-    """Put the face of some items, ``items[keep]``, in the place of the solver's."""
+def _with_face(result: Result, face: LeastNormFace, items: IndexArray) -> Result:
+    """Put the face of some items in the place of the solver's."""
     if isinstance(result.face, LeastNormFace) or result.face is None:
         return result  # it gives multipliers of least norm already
-    if len(keep) < len(items):
-        face = LeastNormFace(part.take(keep), face.active_rows[keep], face.active_bounds[keep], face.read)
-    whole = len(keep) == len(result.status)
-    return replace(result, face=face if whole else MixedFace(result.face, face, items[keep]))
+    return replace(result, face=face if len(items) == len(result.status) else MixedFace(result.face, face, items))
 
 
 def _unsigned(values: QPValues, face: LeastNormFace) -> KKTSolution:

@@ -95,3 +95,22 @@ def test_the_sign_decides() -> None:
     np.testing.assert_allclose(rows.T @ w, normal, atol=1e-10)
     assert (w >= 0.0).all()
     assert distance_from_least_norm(rows, np.zeros(3, dtype=bool), w) < 1e-9
+
+
+@pytest.mark.parametrize("decades", range(2, 8))
+def test_nearly_equal_rows_are_two_rows(decades: int) -> None:
+    """Two active rows that differ by 10^-decades, both with multiplier 1.
+
+    A change of the limits by one rounding moves the point by 10^decades of it, and the multipliers by its square.
+    """
+    rows = np.array([[1.0, 0.5, 0.0], [1.0, 0.5 + 10.0**-decades, 0.0]])
+    point = np.ones((1, 3))
+    solution = Plan(dense_program(np.eye(3), rows, 0)).solve(
+        [-point - rows.sum(axis=0), (rows @ point[0])[None]], Options()
+    )
+    condition = 10.0**decades
+    np.testing.assert_allclose(solution.primal, point, atol=1e-14 * condition)
+    np.testing.assert_allclose(solution.multipliers, [[1.0, 1.0]], atol=1e-15 * condition**2)
+    plan = Plan(dense_program(np.eye(3), rows, 0))
+    adjoint = plan.adjoint(solution, np.array([[0.0, 1.0, 0.0]]), None)
+    np.testing.assert_allclose(adjoint.primal, 0.0, atol=1e-15 * condition**2)
