@@ -559,11 +559,9 @@ _READING = """
   such a curvature is not seen at 1e-9, the status is `SOLVED`, and `non_unique` is a hint in few items only.
 - **Nearly dependent active rows** cost multipliers and derivatives digits with the square of their angle. The active
   set calls a row dependent on those it holds when the squared sine of the angle, in the metric of Q, is below 1e-11:
-  an angle of about 3e-6. It accepts such a row when it is violated by less than 1e-9, relative to the data. Two such
-  rows are one: x is off by about their difference, **multipliers and derivative are off by the order of one, and the
-  status is `SOLVED`**, because the KKT conditions hold within the tolerance. A tolerance of 1e-13 brings in the
-  interior-point method, which holds both of two rows at 1e-6: the derivative is right to 1e-10, multipliers only to a
-  digit, and the items it does not bring that far are `NOT_CONVERGED`.
+  an angle of about 3e-6. Where such a row is active, the face, whose resolution is that of the data, solves again with
+  all active rows. From a difference of about 1e-8 on they are one row all the same: the point is right to the
+  difference, multipliers and derivatives are those of one row, and the status says `SOLVED`.
 - **float32** adds one rounding to the results: the answers of the data that arrived are as good as the type can say.
   The rounding of the data is another matter: it moves x by 6 per cent at condition 1e8. Of two nearly parallel rows it
   usually releases one, so that the posed problem is a simple one. It also gives a singular or nearly singular Q
