@@ -443,15 +443,20 @@ class Plan:
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Return (B,) which of some items miss the tolerance in the data of the whole program, in their own units."""
         missed = np.zeros(len(primal), dtype=bool)
-        program, none = self.program, np.zeros(0)
-        for item in items:
-            own = [values[item if len(values) > 1 else 0][None] for values in parameters]
-            problem = interior_point.Problem(
-                program.quadratic.dense(own)[0], -program.linear.evaluate(own, 1)[0], program.matrix.dense(own)[0],
-                program.num_equalities, program.rhs.evaluate(own, 1)[0], none.astype(np.int64), none, none,
-            )  # fmt: skip
-            residual = interior_point.kkt_residual(problem, primal[item], multipliers[item], none)
-            missed[item] = not residual <= options.tolerance
+        if not len(items):
+            return missed
+        program = self.program
+        own = [values if len(values) == 1 else np.ascontiguousarray(values[items]) for values in parameters]
+        count, bounds = len(items), np.zeros((len(items), 0))
+        values = QPValues(
+            program.quadratic.dense(own), -program.linear.evaluate(own, count), program.matrix.dense(own),
+            program.num_equalities, program.rhs.evaluate(own, count), np.zeros(0, dtype=np.int64), bounds, bounds,
+            np.zeros(0, dtype=np.int64),
+        )  # fmt: skip
+        found = active_set.residuals(
+            values, np.ascontiguousarray(primal[items]), np.ascontiguousarray(multipliers[items]), bounds
+        )
+        missed[items] = ~(found[2] <= options.tolerance)
         return missed
 
     def _explain_failure(self, parameters: Sequence[FloatArray], item: int) -> Status:
@@ -525,9 +530,7 @@ class Plan:
             return replace(result, delicate=None)
         part = values.take(left)
         again = active_set.verify(part, options, active_set.solve(part, options))
-        result.primal[left], result.rows[left], result.bounds[left] = again.primal, again.rows, again.bounds
-        result.status[left] = again.status
-        result.steps[left] += again.steps
+        result.put(left, again)
         face = result.face
         if again.face is not None:
             face = again.face if face is None else MixedFace(face, again.face, left)
@@ -567,9 +570,7 @@ class Plan:
         again = semidefinite.solve(values.take(items), options, self._seen, start=start)
         if start is not None:  # curvature on the null space of the equalities may have been enough
             again.status[again.status == Status.NOT_STRICTLY_CONVEX] = Status.NOT_CONVERGED
-        result.primal[items], result.rows[items], result.bounds[items] = again.primal, again.rows, again.bounds
-        result.status[items] = again.status
-        result.steps[items] += again.steps
+        result.put(items, again)
         face = result.face
         if again.face is not None:
             face = again.face if face is None else MixedFace(face, again.face, items)

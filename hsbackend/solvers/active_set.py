@@ -182,11 +182,7 @@ def finish(values: QPValues, options: Options, result: Result, gram_setup: Calla
         return result
     left = values.take(unfinished)
     rest = verify(left, options, solve(left, options, gram_setup()))
-    result.primal[unfinished] = rest.primal
-    result.rows[unfinished] = rest.rows
-    result.bounds[unfinished] = rest.bounds
-    result.status[unfinished] = rest.status
-    result.steps[unfinished] += rest.steps
+    result.put(unfinished, rest)
     if isinstance(result.face, BoxFace | BlockFace) and rest.face is not None:
         return replace(result, face=MixedFace(result.face, rest.face, unfinished))
     return result

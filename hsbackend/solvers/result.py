@@ -82,3 +82,9 @@ class Result:
         return Result(
             self.primal[items], self.rows[items], self.bounds[items], self.status[items], self.steps[items], None
         )
+
+    def put(self, items: IndexArray, found: Result) -> None:
+        """Overwrite the numbers of some items, in place; steps add up."""
+        self.primal[items], self.rows[items], self.bounds[items] = found.primal, found.rows, found.bounds
+        self.status[items] = found.status
+        self.steps[items] += found.steps

@@ -72,18 +72,19 @@ class Scaling:
         """Return the units of some items."""
         return Scaling(*(part if len(part) == 1 else part[items] for part in (self.columns, self.rows)))
 
+    def matrices(self, hessian: FloatArray, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Write a Hessian, or its diagonal, and rows in these units."""
+        columns, across = self.columns, self.columns[:, None, :]
+        hessian = hessian * columns**2 if hessian.ndim == 2 else hessian * columns[:, :, None] * across
+        return hessian, rows * self.rows[:, :, None] * across
+
     def apply(self, values: QPValues) -> QPValues:
         """Write problems in these units."""
-        columns, rows = self.columns, self.rows
-        if values.diagonal:
-            hessian = values.hessian * columns**2
-        else:
-            hessian = values.hessian * columns[:, :, None] * columns[:, None, :]
-        at = columns[:, values.bounded]
+        hessian, rows = self.matrices(values.hessian, values.rows)
+        at = self.columns[:, values.bounded]
         return replace(
-            values, hessian=np.ascontiguousarray(hessian), rhs_primal=values.rhs_primal * columns,
-            rows=np.ascontiguousarray(values.rows * rows[:, :, None] * columns[:, None, :]),
-            rhs_rows=values.rhs_rows * rows, lower=values.lower / at, upper=values.upper / at,
+            values, hessian=hessian, rhs_primal=values.rhs_primal * self.columns, rows=rows,
+            rhs_rows=values.rhs_rows * self.rows, lower=values.lower / at, upper=values.upper / at,
         )  # fmt: skip
 
     def start(self, warm: WarmStart | None) -> WarmStart | None:

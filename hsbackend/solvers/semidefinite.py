@@ -74,9 +74,7 @@ class SemidefiniteSetup:
         """Factor once."""
         self.scaling = Scaling.of(hessian, rows)
         if self.scaling is not None:
-            columns, weights = self.scaling.columns, self.scaling.rows
-            both = columns**2 if hessian.ndim == 2 else columns[:, :, None] * columns[:, None, :]
-            hessian, rows = hessian * both, rows * weights[:, :, None] * columns[:, None, :]
+            hessian, rows = self.scaling.matrices(hessian, rows)
         self.convex = bool(_convex(hessian).all())
         every = np.arange(hessian.shape[-1], dtype=np.int64)
         self.proximal = flat if len(flat) else every
@@ -240,9 +238,7 @@ def _rescue(given: QPValues, values: QPValues, options: Options, scaling: Scalin
     sides = interior_point.active_sides(part, found.primal, found.rows, found.bounds)
     if scaling is not None:
         found = scaling.take(left).result(part, found)
-    result.primal[left], result.rows[left], result.bounds[left] = found.primal, found.rows, found.bounds
-    result.status[left] = found.status
-    result.steps[left] += found.steps
+    result.put(left, found)
     rows, bounds = face.active_rows.copy(), face.active_bounds.copy()
     rows[left], bounds[left] = sides
     return replace(result, face=replace(face, active_rows=rows, active_bounds=bounds), delicate=failed)
