@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hsbackend.comparisons import large_sparse, least_squares
 from hsbackend.comparisons.accuracy import CASES, run_accuracy
 from hsbackend.comparisons.accuracy import screen_text as accuracy_text
 from hsbackend.comparisons.accuracy import write_report as write_accuracy
@@ -28,6 +29,7 @@ from hsbackend.comparisons.experiments.portfolio import (
     write_portfolio,
 )
 from hsbackend.comparisons.experiments.sp500 import load_market
+from hsbackend.comparisons.experiments.studies import EXPERIMENTS, run_experiment, setting_of
 from hsbackend.comparisons.problems import SUITES, BenchmarkProblem, make_problem
 from hsbackend.comparisons.progress import Progress
 from hsbackend.comparisons.qp_contestants import Request, contestants_named
@@ -65,7 +67,7 @@ class UsageError(Exception):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hsbackend.comparisons", description="Comparisons with peers.")
-    commands = parser.add_subparsers(required=True, metavar="{speed,portfolio,degenerate,qp,accuracy}")
+    commands = parser.add_subparsers(required=True, metavar="{speed,portfolio,degenerate,qp,accuracy,lstsq}")
 
     speed = commands.add_parser("speed", help="problems x contestants: correctness first, then time")
     speed.add_argument("--suite", choices=sorted(SUITES), default="speed", help="which problems (default: speed)")
@@ -97,6 +99,26 @@ def _parser() -> argparse.ArgumentParser:
     accuracy = commands.add_parser("accuracy", help="errors of x, multipliers and gradients where they are known")
     accuracy.set_defaults(run=_accuracy)
 
+    sparse = commands.add_parser("sparse", help="large sparse programs: time, memory and error of one item")
+    sparse.add_argument("--families", nargs="+", metavar="NAME", help="only these families")
+    sparse.add_argument(
+        "--sizes", nargs="+", type=int, metavar="N", help=f"N variables (default: {large_sparse.SIZES})"
+    )
+    sparse.add_argument("--time-limit", type=float, default=300.0, metavar="S", help="per contestant (default: 300)")
+    sparse.add_argument("--contestants", nargs="+", metavar="NAME", help="only these contestants")
+    sparse.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    sparse.add_argument("--seed", type=int, default=0)
+    sparse.add_argument("--output", type=Path, default=_DEFAULT_OUTPUT, help="folder for reports (default: results)")
+    sparse.set_defaults(run=_sparse)
+
+    squares = commands.add_parser("lstsq", help="least squares by products: cost and error of gradients")
+    squares.add_argument("--contestants", nargs="+", metavar="NAME", help="only these contestants")
+    squares.add_argument("--repetitions", type=int, default=5, metavar="N", help="timed calls per row (default: 5)")
+    squares.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    squares.add_argument("--seed", type=int, default=0)
+    squares.add_argument("--output", type=Path, default=_DEFAULT_OUTPUT, help="folder for reports (default: results)")
+    squares.set_defaults(run=_lstsq)
+
     for command in (speed, portfolio, degenerate, accuracy):
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--seed", type=int, default=0)
@@ -113,7 +135,33 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--output", type=Path, default=_DEFAULT_OUTPUT, help="folder for reports (default: results)"
         )
+    for name, experiment in EXPERIMENTS.items():
+        command = commands.add_parser(name, help=experiment.help)
+        command.add_argument("--quick", action="store_true", help="a size for two cores and two minutes")
+        command.add_argument(
+            "--steps", type=int, metavar="N", help=f"training steps (default: {experiment.full.steps})"
+        )
+        command.add_argument("--repeats", type=int, metavar="N", help=f"how many {experiment.repeats}")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument(
+            "--output", type=Path, default=_DEFAULT_OUTPUT, help="folder for reports (default: results)"
+        )
+        command.set_defaults(run=_experiment, name=name)
     return parser
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    try:
+        setting = setting_of(options.name, quick=options.quick, steps=options.steps, repeats=options.repeats)
+        study = run_experiment(options.name, setting, device=device, seed=options.seed)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    print(study.text())
+    paths = study.write(options.output)
+    print("written: " + ", ".join(str(path) for path in paths))
+    return 0
 
 
 def _device(name: str) -> torch.device:
@@ -286,6 +334,52 @@ def _accuracy(options: argparse.Namespace) -> int:
     progress.close()
     print(accuracy_text(report))
     paths = write_accuracy(report, options.output)
+    print("written: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+def _sparse(options: argparse.Namespace) -> int:
+    sizes = options.sizes or (large_sparse.QUICK_SIZES if options.quick else large_sparse.SIZES)
+    if min(sizes) < large_sparse.QUICK_SIZES[0]:
+        raise UsageError(
+            f"--sizes {min(sizes)} was given, the families begin at {large_sparse.QUICK_SIZES[0]} variables"
+        )
+    try:
+        report = large_sparse.run_large(
+            families=options.families or list(large_sparse.FAMILIES),
+            sizes=sizes,
+            contestants=options.contestants or list(large_sparse.CONTESTANTS),
+            seed=options.seed,
+            quick=options.quick,
+            limit_s=options.time_limit,
+            command="python -m hsbackend.comparisons " + " ".join(sys.argv[1:]),
+            folder=options.output / "sparse",
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(large_sparse.screen_text(report))
+    paths = large_sparse.write_report(report, options.output)
+    print("written: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+def _lstsq(options: argparse.Namespace) -> int:
+    names = options.contestants or list(least_squares.CONTESTANTS)
+    progress = Progress(len(names) * len(least_squares.CASES))
+    try:
+        report = least_squares.run_lstsq(
+            contestants=names,
+            quick=options.quick,
+            seed=options.seed,
+            repetitions=options.repetitions,
+            command="python -m hsbackend.comparisons " + " ".join(sys.argv[1:]),
+            progress=progress,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    progress.close()
+    print(least_squares.screen_text(report))
+    paths = least_squares.write_report(report, options.output)
     print("written: " + ", ".join(str(path) for path in paths))
     return 0
 

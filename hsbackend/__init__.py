@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from hsbackend.status import HSBackendError, InvalidOptionError, SolveError, Status, UnsupportedProblemError
 
 if TYPE_CHECKING:
-    from hsbackend import functional, nn
+    from hsbackend import functional, nn, nullspace
+    from hsbackend.checks import checking, raise_failures
+    from hsbackend.least_squares import AdjointNotConvergedWarning, LstsqSolution, StopReason, lstsq
     from hsbackend.polyhedron import Polyhedron, hs_jacobian, hs_jvp, hs_vjp, project
     from hsbackend.qp import QPSolution, solve_qp
 
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 
 #: Names that need PyTorch or a host package, and the module that has them.
 _LAZY = {
+    "checking": "hsbackend.checks",
+    "raise_failures": "hsbackend.checks",
     "Polyhedron": "hsbackend.polyhedron",
     "hs_jacobian": "hsbackend.polyhedron",
     "hs_jvp": "hsbackend.polyhedron",
@@ -29,12 +33,16 @@ _LAZY = {
     "project": "hsbackend.polyhedron",
     "QPSolution": "hsbackend.qp",
     "solve_qp": "hsbackend.qp",
+    "AdjointNotConvergedWarning": "hsbackend.least_squares",
+    "LstsqSolution": "hsbackend.least_squares",
+    "StopReason": "hsbackend.least_squares",
+    "lstsq": "hsbackend.least_squares",
     "HSBackend": "hsbackend.adapters.cvxpylayers",
     "enable": "hsbackend.adapters.cvxpylayers",
     "disable": "hsbackend.adapters.cvxpylayers",
     "enabled": "hsbackend.adapters.cvxpylayers",
 }
-_MODULES = ("functional", "nn")
+_MODULES = ("functional", "nn", "nullspace")
 
 __all__ = [  # noqa: RUF022 - the lazily imported names come last
     "HSBackendError",
@@ -43,14 +51,21 @@ __all__ = [  # noqa: RUF022 - the lazily imported names come last
     "Status",
     "UnsupportedProblemError",
     "__version__",
+    "AdjointNotConvergedWarning",
+    "LstsqSolution",
     "Polyhedron",
     "QPSolution",
+    "StopReason",
+    "checking",
     "functional",
     "hs_jacobian",
     "hs_jvp",
     "hs_vjp",
+    "lstsq",
     "nn",
+    "nullspace",
     "project",
+    "raise_failures",
     "solve_qp",
     "HSBackend",  # pyright: ignore[reportUnsupportedDunderAll]
     "disable",  # pyright: ignore[reportUnsupportedDunderAll]

@@ -17,10 +17,12 @@ import hsbackend
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules from the bottom up: each may import only those before it.
 ORDER = [
-    "status", "_parallel", "_blas", "families", "program", "certificates", "batched", "_face_kernels",
-    "_least_norm_kernels", "metric", "face", "reduce", "structure", "route", "solvers", "plan", "differentiate",
-    "operators", "closed_forms", "pseudo_inverse", "qp_program", "qp_face", "qp_operators", "closest", "qp", "sets",
-    "polyhedron", "functional", "nn",
+    "status", "_parallel", "_blas", "families", "checks", "cuda", "program", "certificates", "batched", "_face_kernels",
+    "_least_norm_kernels", "metric", "face", "reduce", "structure", "route", "_sparse_kernels",
+    "_sparse_newton_kernels", "sparse_program", "sparse_face", "solvers", "plan", "sparse_plan", "differentiate",
+    "operators", "linear_maps", "_lsmr_kernels", "lsmr", "lstsq_factor", "lstsq_operator", "lstsq_problem",
+    "least_squares", "nullspace", "closed_forms", "pseudo_inverse", "qp_program", "qp_face", "qp_operators", "closest",
+    "sparse_qp", "qp", "sets", "polyhedron", "functional", "nn",
 ]  # fmt: skip
 
 
@@ -36,7 +38,9 @@ def test_public_names_are_documented(name: str) -> None:
 
 def public_callables() -> dict[str, object]:
     """Return what a PyTorch user calls: functions, named sets, modules."""
-    found = {name: getattr(hsbackend, name) for name in ("project", "solve_qp", "hs_jacobian", "hs_jvp", "hs_vjp")}
+    found = {
+        name: getattr(hsbackend, name) for name in ("project", "solve_qp", "lstsq", "hs_jacobian", "hs_jvp", "hs_vjp")
+    }
     found |= {f"nn.{name}": getattr(hsbackend.nn, name) for name in ("Projection", "QP")}
     members = vars(hsbackend.functional).items()
     found |= {
