@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsbackend import checks
 from hsbackend.families.family import Choice
-from hsbackend.operators import outer_tangents, transforms_active, values_only
+from hsbackend.operators import on_device, outer_tangents, transforms_active, values_only
 from hsbackend.status import SolveError, Status, failure_message
 
 
@@ -44,7 +45,9 @@ class _MarkFailed(torch.autograd.Function):
     def forward(x: Tensor, v: Tensor, status: Tensor, strict: bool) -> Tensor:
         """(..., n), (..., n) and (...,); v is there to receive the NaN."""
         failed = status != 0
-        if strict and bool(failed.any()):
+        if strict and on_device(status):
+            checks.check(status.reshape(-1))
+        elif strict and bool(failed.any()):
             codes = status.reshape(-1).cpu().numpy()
             raise SolveError(failure_message(codes, {}), codes)
         return torch.where(failed.unsqueeze(-1), torch.nan, x)
@@ -104,7 +107,7 @@ def settle(x: Tensor, v: Tensor, invalid: Tensor, infeasible: Tensor, asked: Ask
     failed = invalid | infeasible
     if torch.compiler.is_compiling():
         return torch.where(failed.unsqueeze(-1), torch.nan, x)
-    if not transforms_active() and not bool(failed.any()):
+    if not on_device(x) and not transforms_active() and not bool(failed.any()):  # to ask a device is to wait for it
         return x
     status = torch.where(invalid, int(Status.INVALID_INPUT), torch.where(infeasible, int(Status.INFEASIBLE), 0))
     codes = status.to(torch.int8).expand(x.shape[:-1])

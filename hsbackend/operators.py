@@ -17,8 +17,8 @@ differentiating the KKT conditions on a fixed face gives
 (implicit differentiation; the solution operator of the system is the HS-Jacobian, docs/theory.md).
 The formulas stand once, in differentiable torch operations, and are used by two wrappings: a
 :class:`torch.autograd.Function` for eager mode (double backward, forward mode, ``torch.func`` transforms) and a custom
-operator for ``torch.compile``, which traces custom operators but no Function that has a forward-mode rule. Kernels run
-on the CPU; tensors of another device are moved there and back.
+operator for ``torch.compile``, which traces custom operators but no Function that has a forward-mode rule. CUDA tensors
+stay on their device (:mod:`hsbackend.cuda`); those of any other device but the CPU are moved there and back.
 
 Tensors are (B, n), or (1, n) where one value serves every item; the gradient of such a shared one is the sum over the
 batch. An item without a solution is NaN; its gradient is zero where its cotangents are zero, NaN where they are not.
@@ -39,6 +39,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
+from hsbackend import checks
 from hsbackend.families.family import Choice, Family, FamilySolution, Values
 from hsbackend.status import SolveError, failure_message
 
@@ -109,6 +110,16 @@ def _family(name: str) -> Family:
     return _modules[name]
 
 
+def on_device(tensor: Tensor) -> bool:
+    """Whether a tensor is computed where it is: on a CUDA device."""
+    return tensor.is_cuda
+
+
+def _device() -> Any:
+    """Import the device's side of the families when it is first used."""
+    return import_module("hsbackend.cuda.dispatch")
+
+
 def _array(tensor: Tensor) -> Values:
     """Return the values as a contiguous array in main memory."""
     tensor = tensor.detach()
@@ -130,7 +141,12 @@ def _solve_values(
     family: str, point: Tensor, weight: Tensor | None, coefficients: Tensor | None, rhs: Tensor, lower: Tensor | None,
     upper: Tensor | None, shape: Sequence[int], choice: str, strict: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Call the kernel; raise for failing items if ``strict``."""
+    """Call the kernel; raise for failing items if ``strict``, on a device as :func:`hsbackend.checking` says."""
+    if on_device(point):
+        there = _device().solve(family, point, weight, coefficients, rhs, lower, upper, shape, choice)
+        if strict:
+            checks.check(there[3])
+        return there
     found: FamilySolution = _family(family).solve(
         _array(point), _optional(weight), _optional(coefficients), _array(rhs), _optional(lower), _optional(upper),
         tuple(shape), cast("Choice", choice),
@@ -145,6 +161,8 @@ def _kkt_values(
     rhs_rows: Tensor | None, rhs_bounds: Tensor | None, shape: Sequence[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Call the kernel; failed items come out zero, or NaN where their right-hand side is not zero."""
+    if on_device(primal):
+        return _device().kkt(family, face, primal, weight, coefficients, rhs_primal, rhs_rows, rhs_bounds, shape)
     x = _array(primal)
     sides = [_array(rhs_primal), _optional(rhs_rows), _optional(rhs_bounds)]
     failed = np.isnan(x[:, 0])
@@ -645,7 +663,8 @@ def solve(
         upper: (1 or B, n), None for none.
         shape: shape of one item.
         choice: ``"active"`` or ``"support"``, the K of the face.
-        strict: raise for failing items; not possible under ``vmap`` and ``torch.compile``, where they are NaN.
+        strict: raise for failing items, on a CUDA device as :func:`hsbackend.checking` says; not possible under
+            ``vmap`` and ``torch.compile``, where they are NaN.
 
     Returns:
         primal (B, n), multipliers (B, m), face (B, k), status (B,); the last two are integers.

@@ -39,9 +39,10 @@ class Polyhedron:
     :meth:`monotone`, :meth:`order`, :meth:`box_intersect_affine`, :meth:`product`.
 
     Args:
-        A: (..., p, n) tensor, None without equations. Dependent rows are fine.
+        A: (..., p, n) tensor, None without equations. Dependent rows are fine. Or a sparse (p, n) tensor or scipy
+            matrix: see Notes.
         b: (..., p) tensor.
-        G: (..., m, n) tensor, None without inequalities. Dependent rows are fine.
+        G: (..., m, n) tensor, None without inequalities. Dependent rows are fine. Or sparse, as A.
         h: (..., m) tensor; an entry ``inf`` means that there is no such row.
         lower: (..., n) tensor or float; ``-inf`` means none.
         upper: (..., n) tensor or float; ``inf`` means none.
@@ -53,6 +54,9 @@ class Polyhedron:
     Notes:
         Tensors are differentiable. Those of a general set that neither require a gradient nor have batch axes are
         analysed and factored once, and again when their values change (also in place). Make the object once.
+
+        With A or G sparse, points go to the solvers for large sparse programs (docs/large-sparse.md), one after the
+        other; derivatives are of first order, one per stored entry of a sparse tensor.
     """
 
     def __init__(
@@ -388,12 +392,14 @@ def project(
         x like v: dtype, device, shape (after broadcasting the batch axes). float16 and bfloat16 are computed in
         float32, and stay float32 under autocast. Differentiable in v, the weight and every tensor of the set, to any
         order, in forward and reverse mode and under ``torch.func`` transforms; in compiled code to first order in
-        reverse mode. The gradient of a tensor without batch axes is the sum over the batch. Tensors on another device
-        than the CPU are moved there and back.
+        reverse mode. The gradient of a tensor without batch axes is the sum over the batch. Named sets
+        project CUDA tensors on their device, without waiting for it (docs/cuda.md); sets given by rows, and tensors on
+        any other device, are moved to the CPU and back.
 
     Raises:
         SolveError: if an item has no projection (empty set, NaN) and ``on_failure="raise"``. The message names items,
-            counted over the flattened batch axes.
+            counted over the flattened batch axes. On a CUDA device it comes with a later call, see
+            :func:`hsbackend.checking`.
         TypeError: if v is not floating point, or ``polyhedron`` is not a :class:`Polyhedron`.
         ValueError: if shapes do not fit.
         InvalidOptionError: if an option has an unknown value, or ``on_failure="closest"`` with a named set.
@@ -430,6 +436,8 @@ def project(
 def check_rescue(polyhedron: Polyhedron) -> None:
     """Refuse ``on_failure="closest"`` for sets that are not given by rows."""
     if polyhedron.kind == "polyhedron":
+        if any(tensor.layout != torch.strided for tensor in polyhedron.tensors.values()):
+            raise InvalidOptionError('on_failure="closest" is not there for sparse rows: use "raise" or "nan"')
         return
     advice = "Polyhedron(*polyhedron.general()) is the same set by rows, whose limits can be shifted"
     if polyhedron.kind in ("l1_ball", "weighted_l1_ball"):

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from hsbackend import closest, operators, qp_operators, qp_program
+from hsbackend import closest, operators, qp_operators, qp_program, sparse_qp
 from hsbackend.closed_forms import Asked, clip, pseudo_inverse, settle, step_to_affine, step_to_row
-from hsbackend.operators import dual_level_open, transforms_active
-from hsbackend.qp import flatten
+from hsbackend.operators import dual_level_open, on_device, transforms_active
+from hsbackend.qp import flatten, solve_sparse
 from hsbackend.status import UnsupportedProblemError
 
 Value = float | Tensor
@@ -162,6 +162,10 @@ class Set:
             raise ValueError(f"a {self.kind} needs `{name}`, got None")
         return value
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what is made of the description: made once if that is numbers alone, with every call otherwise."""
+        return make() if self.tensors else self.kept(key, make)
+
     def kept(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return what is made of numbers alone, made once."""
         if torch.compiler.is_compiling():
@@ -226,14 +230,18 @@ class General(Set):
 
     def __init__(self, A: Any, b: Any, G: Any, h: Any, lower: Any, upper: Any) -> None:
         """Find n and check the shapes."""
+        given = {"A": A, "b": b, "G": G, "h": h, "lower": lower, "upper": upper}
+        values = {
+            name: sparse_qp.as_tensor(part) if sparse_qp.is_sparse(part) else part for name, part in given.items()
+        }
         for one, left, other, right in (("A", A, "b", b), ("G", G, "h", h)):
             if (left is None) != (right is None):
                 there, missing = (one, other) if right is None else (other, one)
                 raise ValueError(f"`{there}` was given without `{missing}`: give both or neither")
         events: dict[str, Shape] = {}
-        for one, left, other in (("A", A, "b"), ("G", G, "h")):
-            if left is not None:
-                events[one] = event_of(one, left, 2)
+        for one, other in (("A", "b"), ("G", "h")):
+            if values[one] is not None:
+                events[one] = event_of(one, values[one], 2)
                 events[other] = events[one][:1]
         sizes = [events[name][1] for name in "AG" if name in events]
         for bound in (lower, upper):
@@ -242,12 +250,31 @@ class General(Set):
         if not sizes:
             raise ValueError("nothing tells the number of coordinates: give `A`, `G`, or a bound of shape (n,)")
         event = (sizes[0],)
-        values = {"A": A, "b": b, "G": G, "h": h, "lower": lower, "upper": upper}
         rest = {name: (0, *event)[: 2 if name in "AG" else 1] for name in "AbGh" if name not in events}
         super().__init__("polyhedron", event, values, events | rest | {"lower": event, "upper": event})
         for name in "AG":
             if name in events and events[name][1:] != event:
                 raise ValueError(f"`{name}` has {events[name][1]} columns, expected {event[0]} as in the other data")
+
+    @property
+    def sparse(self) -> bool:
+        """Whether rows are given by their nonzeros."""
+        return any(sparse_qp.is_sparse(self._values[name]) for name in "AG")
+
+    def project(self, v: Tensor, weight: Tensor | None, asked: Asked) -> Tensor:
+        """Use the general solvers, or those for sparse rows."""
+        if not self.sparse:
+            return super().project(v, weight, asked)
+        point = v.to(torch.float64)
+        ones = torch.ones(self.event_shape, dtype=torch.float64, device=v.device)
+        scale = ones if weight is None else weight.to(torch.float64)
+        given = {"Q": None, "q": -scale * point, **self.general()._asdict()}
+        found = solve_sparse(given, 1e-9, asked.jacobian, "raise" if asked.strict else "nan", diagonal=scale)
+        x = found.primal
+        if weight is not None:
+            nowhere = torch.zeros((), dtype=torch.bool, device=x.device)
+            x = settle(x, point, ~(scale > 0.0).all(-1), nowhere, asked)
+        return x.to(v.dtype)
 
 
 class Box(Set):
@@ -264,8 +291,15 @@ class Box(Set):
         super().__init__("box", event, {"lower": lower, "upper": upper}, {"lower": event, "upper": event})
 
     def project(self, v: Tensor, weight: Tensor | None, asked: Asked) -> Tensor:
-        """Clip; the weight makes no difference."""
+        """Clip; the weight makes no difference. One kernel on a device: a budget without a row."""
+        if on_device(v):
+            budget = self.once("budget", lambda: Budget(self.kind, self.event_shape[0], _no_row | self._values))
+            return budget.project(v, None, asked)
         return clip(v, self.tensor("lower", v), self.tensor("upper", v), asked)
+
+
+#: The row of a budget that has bounds only.
+_no_row = {"coefficients": None, "equals": None, "at_most": None, "at_least": None}
 
 
 class LinfBall(Set):
@@ -276,9 +310,20 @@ class LinfBall(Set):
         super().__init__("linf_ball", (checked_size("n", n),), {"radius": radius})
 
     def project(self, v: Tensor, weight: Tensor | None, asked: Asked) -> Tensor:
-        """Clip; the weight makes no difference."""
+        """Clip; the weight makes no difference. One kernel on a device: a budget without a row."""
+        if on_device(v):
+            return self.once("budget", self._budget).project(v, None, asked)
         radius = self.given("radius", v).unsqueeze(-1)
         return clip(v, -radius, radius, asked)
+
+    def _budget(self) -> Budget:
+        radius = self._values["radius"]
+        assert radius is not None
+        bounds: dict[str, Value] = {"lower": -radius, "upper": radius}
+        if isinstance(radius, Tensor):
+            whole = radius.unsqueeze(-1).expand(*radius.shape, *self.event_shape)
+            bounds = {"lower": -whole, "upper": whole}
+        return Budget(self.kind, self.event_shape[0], _no_row | bounds)
 
     def general(self) -> Rows:
         """Return the bounds."""
@@ -297,7 +342,11 @@ class OneRow(Set):
         self._equation = equation
 
     def project(self, v: Tensor, weight: Tensor | None, asked: Asked) -> Tensor:
-        """Step along the normal."""
+        """Step along the normal. One kernel on a device: a budget without bounds."""
+        if on_device(v):
+            side = "equals" if self._equation else "at_most"
+            values = {"coefficients": self._values["a"], side: self._values["b"], "lower": None, "upper": None}
+            return Budget(self.kind, self.event_shape[0], values).project(v, weight, asked)
         return step_to_row(v, self.given("a", v), self.given("b", v), weight, self._equation, asked)
 
     def general(self) -> Rows:
@@ -320,8 +369,18 @@ class Affine(Set):
         if weight is not None or normals.requires_grad or normals.dim() > 2:
             return super().project(v, weight, asked)
         parts = (normals, *self._inverse(normals))
+        if on_device(v) and not normals.is_cuda:  # copied once: every copy to a device is waited for
+            parts = self._copies(parts, v)
         normals, pseudo, outside = (part.to(dtype=v.dtype, device=v.device) for part in parts)
         return step_to_affine(v, normals, b, pseudo, outside, asked)
+
+    def _copies(self, parts: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, ...]:
+        """Return copies in the dtype and on the device of v, kept as long as the inverse is."""
+        copies = self._ready.get(("copies", v.dtype, v.device))
+        if copies is None or copies[0] is not parts[1]:
+            found = tuple(part.detach().to(dtype=v.dtype, device=v.device) for part in parts)
+            copies = self._ready["copies", v.dtype, v.device] = (parts[1], found)
+        return copies[1]
 
     def _inverse(self, normals: Tensor) -> tuple[Tensor, Tensor]:
         """Return what :func:`pseudo_inverse` does, kept as long as the values are the same."""

@@ -587,7 +587,7 @@ def test_messages(call, error: type[Exception], message: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @every_metric
 def test_tensors_of_another_device(name: str, weighted: bool) -> None:
-    """Computed in main memory for now, and returned where the point is."""
+    """Computed where they are, or in main memory and returned there."""
     function, given = function_of(CASES[name], weighted)
     there = tuple(tensor.detach().cuda().requires_grad_() for tensor in given)
     x, wanted = function(*there), function(*given)
