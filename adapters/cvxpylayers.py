@@ -28,10 +28,10 @@ from cvxpylayers.utils import parse_args as _parse
 from hsbackend.adapters import _canonical
 from hsbackend.adapters._conic import DIFFCP_OPTIONS, ConicProgram
 from hsbackend.differentiate import Call, Layer, SolveFunction
-from hsbackend.plan import Plan
 from hsbackend.program import FloatArray
 from hsbackend.route import Route, SolverName
 from hsbackend.solvers.result import Options
+from hsbackend.sparse_plan import prepare
 from hsbackend.status import (
     InvalidOptionError,
     SolveError,
@@ -41,7 +41,7 @@ from hsbackend.status import (
 )
 
 _OPTIONS = ("tolerance", "jacobian", "on_failure")
-_SOLVERS = ("families", "semismooth_newton", "active_set", "reference")
+_SOLVERS = ("families", "semismooth_newton", "active_set", "reference", "sparse")
 
 
 class IgnoredOptionWarning(UserWarning):
@@ -101,7 +101,7 @@ class _HostState:
         if isinstance(program, str):
             self.route = Route("diffcp", program)
         else:
-            plan = Plan(program, backend.solver)
+            plan = prepare(program, backend.solver)
             self.route = plan.route
             if plan.route.polyhedral:
                 # The stock layer recovers its variables itself: hand it the whole primal and all multipliers.
@@ -148,8 +148,8 @@ class HSBackend(SolverInterface):
         fallback: ``"diffcp"`` hands problems that are not polyhedral to the default backend, ``"error"`` raises.
         on_failure: ``"raise"`` raises :class:`hsbackend.SolveError` naming the failing items, ``"nan"`` returns NaN in
             those items only.
-        solver: insist on ``"families"``, ``"semismooth_newton"``, ``"active_set"`` or ``"reference"``; None chooses by
-            structure.
+        solver: insist on ``"families"``, ``"semismooth_newton"``, ``"active_set"``, ``"sparse"`` or ``"reference"``;
+            None chooses by structure.
 
     Attributes:
         routes: reports of the layers set up so far, oldest first.
@@ -481,7 +481,7 @@ class CvxpyLayer(_StockLayer):
             _canonical.row_names(ctx, canonical),
             any(output.source == "multipliers" for output in wanted),
         )
-        plan = None if isinstance(program, str) else Plan(program, backend.solver)
+        plan = None if isinstance(program, str) else prepare(program, backend.solver)
         if plan is None or not plan.route.polyhedral:
             return self._delegate(problem, parameters, variables, backend, arguments, None)
         self._keep(ctx)

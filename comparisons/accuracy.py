@@ -518,8 +518,8 @@ another status, and the numbers of that item are NaN (`on_failure="nan"`) or an 
 
 - Every component of stationarity is compared with the sum of the magnitudes of its own terms,
   `|q_j| + sum |Q_jl x_l| + sum |A_ij y_i| + sum |G_ij z_i|`, and every row with `|h_i| + sum |G_ij x_j|`, plus
-  {GLOBAL:g} of the largest such sum (or of the size of x times the curvature) in units in which the columns are
-  comparable.
+  {GLOBAL:g} of the largest such sum, in the units of the data or in units in which the columns are comparable: of
+  both, what allows less.
 - A multiplier is measured by what it contributes to stationarity. Of the slack of an inequality and its multiplier,
   the smaller one counts. A multiplier of the wrong sign counts in full.
 - Solvers work in float64 whatever the type of the tensors, and end on a face: a set of rows that hold with equality.
@@ -527,6 +527,11 @@ another status, and the numbers of that item are NaN (`on_failure="nan"`) or an 
 - Items that miss the tolerance, or whose failure is unproved, go to the interior-point method in balanced units. What
   it cannot solve either is `NOT_CONVERGED`, unless a certificate from the data proves `INFEASIBLE` or `UNBOUNDED`. A
   Hessian with negative curvature beyond rounding is `NOT_STRICTLY_CONVEX`.
+- The tolerance is a backward error, and a problem without a solution may be within 1e-9 of one that has one. Where a
+  point keeps the tolerance but cannot be brought down to 1e-3 of it, or where x or the multipliers are so large that
+  they vanish in the data, a certificate is looked for. One that holds to rounding (1e-14, in curvature 4e-15)
+  overrules the point: `INFEASIBLE` or `UNBOUNDED`. Limits of one variable that cross are `INFEASIBLE` when the middle
+  between them misses the tolerance.
 
 A small residual is a statement about the equations, not about x: it says that x is the answer of data that differ by
 about that much. How far this is from the answer of the given data is a matter of conditioning, and this is what the
@@ -568,7 +573,9 @@ _READING = """
   negative eigenvalues: `NOT_STRICTLY_CONVEX`. Form Q in float64, from factors
   in float64; the results have the type of `q`.
 - **Feasibility** is decided at 1e-6: a set of that width is solved to rounding, one that is empty by as much is
-  `INFEASIBLE`.
+  `INFEASIBLE`. The same holds for an objective that falls by 1e-6 per unit of length without end: `UNBOUNDED`.
+- **`non_unique`** is decided on the same footing: a multiplier below 1e-9 of the costs counts as zero. Where a
+  curvature is so small beside the costs that a change of these by 1e-9 moves the optimum by its own size, it is a hint.
 """
 
 _LIMITATIONS = """

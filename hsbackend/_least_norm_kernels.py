@@ -118,7 +118,8 @@ def _factor_curvature(M, d, tolerance, pivots):
 def _balance(H, diagonal, N, order, k, units):
     """Set ``units`` (n,) so that columns of ``[DHD, DN'; ND, 0]`` with rows of N balanced have entries of like size.
 
-    Ruiz (2001), three rounds, as powers of two; one where the data are balanced already.
+    Ruiz (2001), three rounds, as powers of two; one where the data are balanced already. H counts in a unit of cost in
+    which its largest entry is one.
     """
     n = units.shape[0]
     column, row = np.empty(n), np.ones(k)
@@ -138,6 +139,12 @@ def _balance(H, diagonal, N, order, k, units):
                 values = H[i]
                 for j in range(n):
                     column[j] = max(column[j], abs(values[j]) * units[i])
+        cost = 0.0  # the unit of the objective is free
+        for j in range(n):
+            cost = max(cost, column[j] * units[j])
+        if cost > 0.0:
+            for j in range(n):
+                column[j] /= cost
         for i in range(k):
             values = N[order[i]]
             for j in range(n):
@@ -275,11 +282,15 @@ def factor_items(
             if every:
                 seen = none
             else:
+                # Lengths are those of the data, not of the balanced units.
+                for c in range(none):
+                    for j in range(nf):
+                        null[c, j] *= D[free[j]]
+                    _orthonormalise(null, c, nf)
                 masked = null.copy()
                 for j in range(nf):
-                    weight = D[free[j]] if read[free[j]] else 0.0
-                    for i in range(none):
-                        masked[i, j] *= weight
+                    if not read[free[j]]:
+                        masked[:, j] = 0.0
                 # Where a direction moves nothing that is read, it is the whole norm that decides.
                 left, singular, right = np.linalg.svd(masked, full_matrices=False)
                 for c in range(none):
@@ -288,13 +299,16 @@ def factor_items(
                 for i in range(singular.shape[0]):
                     for c in range(none):
                         axpy(left[c, i], null[c], moves[i], nf)
-                    if singular[i] > seen_tolerance:
-                        for j in range(nf):
-                            moves[i, j] /= singular[i]
-                            sees[i, j] = right[i, j] * (D[free[j]] if read[free[j]] else 0.0)
-                        seen += 1
-                    else:
-                        sees[i] = moves[i]
+                    visible = singular[i] > seen_tolerance
+                    seen += visible
+                    for j in range(nf):
+                        unit = D[free[j]]
+                        if visible:
+                            sees[i, j] = right[i, j] * unit if read[free[j]] else 0.0
+                            moves[i, j] /= singular[i] * unit
+                        else:
+                            sees[i, j] = moves[i, j] * unit
+                            moves[i, j] /= unit
 
         # Combinations of the active rows, bounds included, that vanish.
         dependent = k - rank

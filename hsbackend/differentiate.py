@@ -36,6 +36,7 @@ from hsbackend._parallel import compile_kernel, for_each_item
 from hsbackend.plan import Plan, Solution, Turning
 from hsbackend.program import FloatArray, IndexArray, MatrixEntries, Program, SparseOperator, as_slice
 from hsbackend.solvers.result import Options
+from hsbackend.sparse_plan import SparsePlan
 from hsbackend.status import SolveError, Status, failure_message
 
 
@@ -254,7 +255,7 @@ class Layer:
         outputs: what to return.
     """
 
-    def __init__(self, plan: Plan, outputs: Sequence[Output]) -> None:
+    def __init__(self, plan: Plan | SparsePlan, outputs: Sequence[Output]) -> None:
         """Compile the gradients."""
         self.plan = plan
         self.outputs = tuple(outputs)

@@ -15,7 +15,7 @@ differentiated data.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -362,6 +362,24 @@ _LARGE = 100
 
 
 @dataclass(frozen=True)
+class KnownSystems:
+    """What a solver found out about the KKT matrices ``[H, N'; N, 0]`` of a face.
+
+    Attributes:
+        regular: (B,) items whose matrix surely has no null vector.
+        independent: (B,) items whose active rows surely are independent.
+        settled: (B,) items whose active rows may be dependent, but whose multipliers are those of least norm already.
+        solve: ``solve(active_rows, active_bounds, rhs_primal, rhs_rows, rhs_bounds)`` solves the systems of the regular
+            items; it returns the solutions, and (B,) which items it solved.
+    """
+
+    regular: Mask
+    independent: Mask
+    settled: Mask
+    solve: Callable[[IndexArray, IndexArray, FloatArray, FloatArray, FloatArray], tuple[KKTSolution, Mask]]
+
+
+@dataclass(frozen=True)
 class LeastNormFace:
     """Face of a problem whose Hessian may be singular on it: the selection of least norm among the optima.
 
@@ -380,12 +398,14 @@ class LeastNormFace:
         active_rows: (B, m) side of the general rows in K.
         active_bounds: (B, nb) side of the bounds in K.
         read: (n,) variables whose norm selects among the optima.
+        known: what the solver found out about it, if anything.
     """
 
     values: QPValues
     active_rows: IndexArray
     active_bounds: IndexArray
     read: Mask
+    known: KnownSystems | None = None
 
     def _factor(self, rank: float, curvature: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the problem and the factors as the kernels want them."""
@@ -412,6 +432,8 @@ class LeastNormFace:
             rank: remainder below which an active row counts as dependent, relative to its length.
             curvature: below which a direction counts as flat, relative to the largest.
         """
+        if self.known is not None and self.known.regular.all():
+            return np.zeros(self.values.batch, dtype=np.int64)
         default = (rank, curvature) == (_RANK, _CURVATURE)
         _, (*_, sizes, _, _) = self._factors if default else self._factor(rank, curvature)
         return sizes[:, SEEN]
@@ -419,6 +441,12 @@ class LeastNormFace:
     @property
     def dependent(self) -> Mask:
         """(B,) whether active rows are dependent; the face gives the multipliers of least norm in any case."""
+        if self.known is not None:
+            found = self.known.settled.copy()
+            left = np.flatnonzero(~(found | self.known.independent)).astype(np.int64)
+            if len(left):
+                found[left] = self._of(left).dependent
+            return found
         if self.values.num_variables > _LARGE and "_factors" not in self.__dict__:
             batch = self.values.batch
             if all(self._surely_independent(b) for b in range(batch)):
@@ -441,6 +469,10 @@ class LeastNormFace:
             return False
         return True
 
+    def _of(self, items: IndexArray) -> LeastNormFace:
+        """Return the face of some items, of which nothing is known."""
+        return LeastNormFace(self.values.take(items), self.active_rows[items], self.active_bounds[items], self.read)
+
     def replaced(self, rows: IndexArray, bounds: IndexArray) -> tuple[Face, IndexArray]:
         """Return the face with other sides, and the items in which they differ: only those are factored again."""
         changed = (rows != self.active_rows).any(axis=1) | (bounds != self.active_bounds).any(axis=1)
@@ -448,13 +480,20 @@ class LeastNormFace:
         if not len(items):
             return self, items
         if len(items) == self.values.batch:
-            return replace(self, active_rows=rows, active_bounds=bounds), items
+            return LeastNormFace(self.values, rows, bounds, self.read), items
         return MixedFace(
             self, LeastNormFace(self.values.take(items), rows[items], bounds[items], self.read), items
         ), items
 
     def kkt_solve(self, rhs_primal: FloatArray, rhs_rows: FloatArray, rhs_bounds: FloatArray) -> KKTSolution:
         """Solve the KKT system of the class docstring; arguments as in :meth:`GramFace.kkt_solve`."""
+        if self.known is not None and self.known.regular.any():
+            found, done = self.known.solve(self.active_rows, self.active_bounds, rhs_primal, rhs_rows, rhs_bounds)
+            left = np.flatnonzero(~done).astype(np.int64)
+            if len(left):
+                other = self._of(left).kkt_solve(rhs_primal[left], rhs_rows[left], rhs_bounds[left])
+                found.primal[left], found.rows[left], found.bounds[left] = other.primal, other.rows, other.bounds
+            return found
         problem, factors = self._factors
         batch, n = rhs_primal.shape
         out = (np.empty((batch, n)), np.empty(rhs_rows.shape), np.empty(rhs_bounds.shape))

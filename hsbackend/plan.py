@@ -23,6 +23,7 @@ from hsbackend.route import DENSE_LIMIT, Route, SolverName, choose, describe
 from hsbackend.solvers import (
     active_set,
     blocks,
+    compiled_interior,
     interior_point,
     least_norm,
     reference,
@@ -32,11 +33,20 @@ from hsbackend.solvers import (
 from hsbackend.solvers._places import Limits, Structure
 from hsbackend.solvers.result import Options, Result
 from hsbackend.solvers.warm import WarmStart
+from hsbackend.sparse_face import SparseFaces
 from hsbackend.status import Status
 
 #: Multiply-adds of a Gram matrix from which on the interior-point method is faster, without and with proximal steps
 #: (docs/performance.md).
 _GRAM_WORK = 5e9, 3e8
+#: Seconds of a step of the dense interior-point method: of itself, and per multiply-add.
+_DENSE_STEP = 1e-4, 1e-10
+#: Seconds per multiply-add of the Gram matrix, and steps of the compiled interior-point method that it is weighed
+#: against.
+_GRAM_SECONDS, _STEPS = 3e-10, 20
+#: Residual, relative to the tolerance, above which a solved item is asked whether it has no optimum; and what counts as
+#: zero in a certificate that overrules a point that keeps the tolerance.
+_POOR, _STRICT = 1e-3, 1e-14
 
 
 @dataclass
@@ -60,9 +70,9 @@ class Solution:
     status: NDArray[np.int8]
     conflicts: dict[int, list[int]]
     steps: IndexArray
-    face: Face | None
+    face: Face | SparseFaces | None
     non_unique: NDArray[np.bool_]
-    presolved: _Presolved = field(repr=False)
+    presolved: Presolved = field(repr=False)
     certify: Callable[[int, Status], FloatArray | None] = field(repr=False)
     warm: WarmStart | None = field(repr=False, default=None)
 
@@ -86,7 +96,7 @@ Trail = list[tuple[FloatArray, "FloatArray | None"]]
 
 
 @dataclass(frozen=True)
-class _Presolved:
+class Presolved:
     """What the adjoint needs again: values of the last elimination and which row set each bound."""
 
     definitions: FloatArray | None
@@ -171,10 +181,16 @@ class Plan:
             pattern = sp.csr_array(pattern.astype(np.float64) + definitions[flat].T @ definitions[flat])
         notes = describe(program, self._steps, self._varying, self._bounds, reduced)
         groups = structure.find_groups(
-            self._rows, reduced.num_equalities, self._bounds, reduced.rhs, pattern, self._free_of_charge()
+            self._rows,
+            reduced.num_equalities,
+            self._bounds,
+            reduced.rhs,
+            pattern,
+            reduce.free_of_charge(program, self._steps, self._varying),
         )
-        self._seen = self._read()
-        self._selecting = self._left()[self._seen]
+        self._seen = reduce.read_variables(program, self._steps, self._varying)
+        self._remaining = self._left()
+        self._selecting = self._remaining[self._seen]
         self.route = choose(
             reduced, self._rows, self._bounds, self._diagonal, pattern, notes, solver, groups, self._seen
         )
@@ -196,6 +212,7 @@ class Plan:
         self._semidefinite_setup: semidefinite.SemidefiniteSetup | None = None
         self._newton: semismooth_newton.NewtonSetup | None = None
         self._blocks: blocks.BlockSetup | None = None
+        self._patterns = compiled_interior.Setups()
         self._fixed_limits: tuple[FloatArray, FloatArray, IndexArray, IndexArray] | None = None
         self._kept_rows = as_slice(self._bounds.kept_rows)
         fixed = any(len(step.mentions.targets) for step in self._steps)
@@ -232,22 +249,6 @@ class Plan:
             self._prepare_semidefinite()
         elif self.route.groups:
             self._blocks = self._block_setup()
-
-    def _read(self) -> NDArray[np.bool_]:
-        """Find the variables (n of the reduced program) that are returned, or that define one that is."""
-        read = self.program.outputs
-        for step in self._steps:
-            definitions = step.definitions
-            defined = np.repeat(definitions.targets, np.diff(definitions.indptr))
-            defining = definitions.indices[read[step.gone][defined]]
-            read = read[step.kept]
-            read[defining] = True
-        if self._varying is not None:
-            definitions = self._varying.definitions
-            defining = definitions.columns[read[self._varying.gone][definitions.rows]]
-            read = read[self._varying.kept]
-            read[defining] = True
-        return read
 
     def _left(self) -> IndexArray:
         """Return the place in the program of the variables of the reduced program."""
@@ -287,18 +288,6 @@ class Plan:
         notes.append("proximal steps; where the optimum is not unique, the one of least norm")
         reason = f"{kind}, {self._rows.shape[0] + len(self._bounds.variables)} rows and bounds"
         self.route = Route("active_set", reason, tuple(notes), route.proximal)
-
-    def _free_of_charge(self) -> NDArray[np.bool_]:
-        """Find the variables (n of the reduced program) without linear cost in any call, which nobody reads."""
-        linear = self.program.linear
-        costly = linear.varying | (linear.offset != 0.0) | self.program.outputs
-        for step in self._steps:
-            costly = costly[step.kept]
-            costly[step.definitions.indices] = True
-        if self._varying is not None:
-            costly = costly[self._varying.kept]
-            costly[self._varying.definitions.columns] = True
-        return ~costly
 
     def _block_setup(self) -> blocks.BlockSetup:
         """Collect what the independent blocks share between calls."""
@@ -383,7 +372,8 @@ class Plan:
         assert row_side is not None
         if self._semidefinite:  # what the eliminations leave of a cost up to rounding is no cost: it may have no limit
             largest = np.abs(rhs_primal).max(axis=1, keepdims=True, initial=0.0)
-            primal_side[np.abs(primal_side) <= 1e-14 * largest] = 0.0
+            changed = primal_side != rhs_primal[:, self._remaining]
+            primal_side[changed & (np.abs(primal_side) <= 1e-14 * largest)] = 0.0
         hessian = self._fixed_hessian
         if hessian is None:
             hessian = self._hessian(parameters, definitions, curvature)
@@ -394,15 +384,16 @@ class Plan:
             np.ascontiguousarray(row_side[:, self._kept_rows]), self._bounds.variables, lower, upper, self._proximal,
             self._given_once([len(each) == batch and (not batched or batched[i]) for i, each in enumerate(parameters)]),
         )  # fmt: skip
+        asked, merged = options.multipliers, self._merged(row_side, lower, upper)
+        if merged.any():  # the check of these items needs them
+            options = replace(options, multipliers=True)
         result = self._run(values, options, warm)
         if not self._semidefinite:
             result = self._run_again(values, options, result)
         if self.route.solver != "reference":
             result = least_norm.refine(values, options, result, self._seen)
-        for item in np.flatnonzero(result.status == Status.NOT_CONVERGED):
-            result.status[item] = self._explain_failure(parameters, int(item))
         warm = WarmStart.of(values, result) if options.keep_warm else None
-        presolved = _Presolved(definitions, curvature, lower_slot, upper_slot)
+        presolved = Presolved(definitions, curvature, lower_slot, upper_slot)
         conflicts = self._conflicts(result, presolved)
         for item in np.flatnonzero(crossing.any(axis=1)):
             result.status[item] = Status.INFEASIBLE
@@ -415,17 +406,23 @@ class Plan:
             result.primal[failed] = 0.0
             result.rows[failed] = 0.0
             result.bounds[failed] = 0.0
+        delicate = merged & ~failed
+        if result.delicate is not None:
+            delicate |= result.delicate & ~failed
         row_multipliers = None
-        if options.multipliers:
+        if options.multipliers or delicate.any():
             side = np.sign(result.bounds).astype(np.int64)
             row_multipliers = self._spread_bounds(result.rows, result.bounds, side, presolved)
         primal, multipliers = self._postsolve(trail, result.primal, row_multipliers, definitions, curvature)
-        if multipliers is None:
+        multipliers = np.zeros((batch, 0)) if multipliers is None else multipliers
+        suspects = self._review(parameters, options, np.flatnonzero(delicate), primal, multipliers, result.status)
+        for item in np.flatnonzero(result.status == Status.NOT_CONVERGED):
+            self._explain(parameters, int(item), result.status, conflicts)
+        for item in suspects:
+            self._explain(parameters, int(item), result.status, conflicts, _STRICT)
+        if not asked:
             multipliers = np.zeros((batch, 0))
-        if result.delicate is not None and options.multipliers:
-            delicate = np.flatnonzero(result.delicate & ~failed)
-            failed = failed | self._misses(parameters, options, delicate, primal, multipliers)
-            result.status[failed & (result.status == Status.SOLVED)] = Status.NOT_CONVERGED
+        failed = result.status != Status.SOLVED
         if failed.any():
             primal[failed] = np.nan
             multipliers[failed] = np.nan
@@ -437,14 +434,27 @@ class Plan:
             partial(self._certify, tuple(parameters)), warm,
         )  # fmt: skip
 
-    def _misses(
+    def _merged(self, row_side: FloatArray, lower: FloatArray, upper: FloatArray) -> NDArray[np.bool_]:
+        """Return (B,) which items have limits that cross by so little that it may be rounding."""
+        if self._fixed_limits is not None or not (lower == upper).any():
+            return np.zeros(len(lower), dtype=bool)
+        low, high = self._bounds.limits(row_side)[:2]
+        return np.asarray((low > high).any(axis=1))
+
+    def _review(
         self, parameters: Sequence[FloatArray], options: Options, items: IndexArray, primal: FloatArray,
-        multipliers: FloatArray,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        """Return (B,) which of some items miss the tolerance in the data of the whole program, in their own units."""
-        missed = np.zeros(len(primal), dtype=bool)
+        multipliers: FloatArray, status: NDArray[np.int8],
+    ) -> IndexArray:  # fmt: skip
+        """Check some solved items in the data of the whole program, in their own units.
+
+        Those that miss the tolerance become NOT_CONVERGED.
+
+        Returns:
+            The items that keep it, but might do so although there is no optimum: those that a solver cannot bring down
+            to rounding, or whose numbers are large beside what they do to the data.
+        """
         if not len(items):
-            return missed
+            return items
         program = self.program
         own = [values if len(values) == 1 else np.ascontiguousarray(values[items]) for values in parameters]
         count, bounds = len(items), np.zeros((len(items), 0))
@@ -453,29 +463,49 @@ class Plan:
             program.num_equalities, program.rhs.evaluate(own, count), np.zeros(0, dtype=np.int64), bounds, bounds,
             np.zeros(0, dtype=np.int64),
         )  # fmt: skip
-        found = active_set.residuals(
-            values, np.ascontiguousarray(primal[items]), np.ascontiguousarray(multipliers[items]), bounds
-        )
-        missed[items] = ~(found[2] <= options.tolerance)
-        return missed
+        point, rows = np.ascontiguousarray(primal[items]), np.ascontiguousarray(multipliers[items])
+        residual = active_set.residuals(values, point, rows, bounds)[2]
+        kept = residual <= options.tolerance
+        status[items[~kept]] = Status.NOT_CONVERGED
+        doubtful = residual > _POOR * options.tolerance
+        doubtful |= semidefinite.runs_away(values, point, rows, bounds)
+        return items[kept & doubtful]
 
-    def _explain_failure(self, parameters: Sequence[FloatArray], item: int) -> Status:
-        """Look for a certificate where the solvers found neither a solution nor a reason why there is none."""
-        if self._requested != "reference":
-            for status in (Status.INFEASIBLE, Status.UNBOUNDED):
-                if self._certify(parameters, item, status) is not None:
-                    return status
-        return Status.NOT_CONVERGED
+    def _explain(
+        self, parameters: Sequence[FloatArray], item: int, status: NDArray[np.int8], conflicts: dict[int, list[int]],
+        zero: float | None = None,
+    ) -> None:  # fmt: skip
+        """Look for a certificate where the solvers found neither a solution nor a reason why there is none.
 
-    def _certify(self, parameters: Sequence[FloatArray], item: int, status: Status) -> FloatArray | None:
+        Args:
+            parameters: of the program.
+            item: which item.
+            status: of all items, overwritten where there is a certificate.
+            conflicts: the rows that cannot hold together, filled where there is one.
+            zero: what counts as zero in a certificate, relative to the terms of a sum.
+        """
+        if self._requested == "reference":
+            return
+        for reason in (Status.INFEASIBLE, Status.UNBOUNDED):
+            found = self._certify(parameters, item, reason, zero)
+            if found is not None:
+                status[item] = reason
+                if reason == Status.INFEASIBLE:
+                    conflicts[item] = [int(row) for row in np.flatnonzero(found)]
+                return
+
+    def _certify(
+        self, parameters: Sequence[FloatArray], item: int, status: Status, zero: float | None = None
+    ) -> FloatArray | None:
         """Find a certificate of one item from the data of the whole program."""
+        exact = {} if zero is None else {"zero": zero}
         own = [values[item if len(values) > 1 else 0][None] for values in parameters]
         program = self.program
         matrix, rhs = program.matrix.dense(own)[0], program.rhs.evaluate(own, 1)[0]
         if status == Status.INFEASIBLE:
-            return certificates.farkas(matrix, rhs, program.num_equalities)
+            return certificates.farkas(matrix, rhs, program.num_equalities, **exact)
         quadratic, linear = program.quadratic.dense(own)[0], program.linear.evaluate(own, 1)[0]
-        return certificates.ray(quadratic, linear, matrix, rhs, program.num_equalities)
+        return certificates.ray(quadratic, linear, matrix, rhs, program.num_equalities, **exact)
 
     def _limits(self, row_side: FloatArray) -> tuple[FloatArray, FloatArray, IndexArray, IndexArray, NDArray[np.bool_]]:
         """Return lower and upper limits (B, nb), the candidates that set them, and where they cross for good."""
@@ -485,25 +515,22 @@ class Plan:
             limits = np.broadcast_to(lower, shape), np.broadcast_to(upper, shape)
             slots = np.broadcast_to(lower_slot, shape), np.broadcast_to(upper_slot, shape)
             return *limits, *slots, np.zeros((shape[0], 0), dtype=bool)
-        lower, upper, lower_slot, upper_slot = self._bounds.limits(row_side)
-        # A variable whose bounds cross has no value; the solvers take bounds for granted. Rounding may cross them too.
-        crossing = lower > upper
-        if crossing.any():
-            low, high = lower[crossing], upper[crossing]
-            finite = np.isfinite(low) & np.isfinite(high)
-            middle, gap = np.zeros(len(low)), np.full(len(low), np.inf)
-            middle[finite] = 0.5 * (low[finite] + high[finite])
-            gap[finite] = low[finite] - high[finite]
-            lower[crossing] = upper[crossing] = middle
-            crossing[crossing] = ~(gap <= 1e-9 * (1.0 + np.abs(middle)))
-        return lower, upper, lower_slot, upper_slot, crossing
+        return self._bounds.usable_limits(row_side)
 
     def _run(self, values: QPValues, options: Options, warm: WarmStart | None) -> Result:
         if self.route.solver == "reference":
             return active_set.verify(values, options, reference.solve(values, options))
+        start = None if warm is None else warm.match(values)
+        if self._requested is None and start is None:
+            items = self._for_interior(values)
+            if items is None or len(items):
+                return self._by_compiled_interior(values, options, items)
+        return self._run_route(values, options, start)
+
+    def _run_route(self, values: QPValues, options: Options, start: WarmStart | None) -> Result:
+        """Solve with the solver of the route."""
         if self._requested is None and self._prefers_interior(values):
             return self._by_interior_point(values, options)
-        start = None if warm is None else warm.match(values)
         if self._semidefinite:
             return semidefinite.solve(values, options, self._seen, self._semidefinite_setup, start)
         if self._blocks is not None:
@@ -512,6 +539,88 @@ class Plan:
             return semismooth_newton.solve(values, options, self._newton, self._constant_rows, self._gram_setup, start)
         result = active_set.solve(values, options, self._gram_setup(), start)
         return active_set.verify(values, options, result)
+
+    def _for_interior(self, values: QPValues) -> IndexArray | None:
+        """Return the items for which interior-point steps are considered: None for all of them.
+
+        All where the route has no method of its own for the structure; otherwise those with a zero on the diagonal of
+        the Hessian, for which it would have to take proximal steps.
+        """
+        if self._semidefinite:
+            return None
+        if self._constant_hessian and self._constant_rows:
+            return np.zeros(0, dtype=np.int64)
+        if self._blocks is None and self._newton is None:
+            return None
+        flat = np.asarray((_diagonal(values) <= 0.0).any(axis=1))
+        if len(flat) == 1:
+            return None if flat[0] else np.zeros(0, dtype=np.int64)
+        return None if flat.all() else np.flatnonzero(flat).astype(np.int64)
+
+    def _by_compiled_interior(self, values: QPValues, options: Options, items: IndexArray | None) -> Result:
+        """Solve those of some items that are sparse enough for the compiled interior-point method; others by the route.
+
+        To the route goes as well what does not come out, or comes out with an optimum that may not be the only one,
+        unless it is a linear program whose optimum of least norm was found.
+        """
+        collected: compiled_interior.Collected | None = None
+        result: Result | None = None
+        done, non_unique = np.zeros(values.batch, dtype=bool), np.zeros(values.batch, dtype=bool)
+        for own, setup in self._patterns.of(values if items is None else values.take(items)):
+            chosen = own if items is None or own is None else items[own]
+            chosen = items if own is None else chosen
+            part = values if chosen is None else values.take(chosen)
+            pays = self._pays(part, setup)
+            if not pays.all():
+                if not pays.any():
+                    continue
+                chosen = np.flatnonzero(pays).astype(np.int64) if chosen is None else chosen[pays]
+                part = values.take(chosen)
+            found, unique = compiled_interior.solve(part, options, self._seen, setup)
+            linear = np.flatnonzero((found.status == Status.SOLVED) & ~unique & _is_linear(part)).astype(np.int64)
+            several = None
+            if len(linear):
+                several = compiled_interior.select(part, options, self._seen, setup, found, linear)
+                unique |= several
+            if chosen is None:
+                result, done = found, unique
+                non_unique = non_unique if several is None else several
+            else:
+                collected = compiled_interior.Collected(values, self._seen) if collected is None else collected
+                collected.put(chosen, found, setup)
+                done[chosen] = unique
+                if several is not None:
+                    non_unique[chosen] = several
+        if collected is not None:
+            result = collected.result
+        left = np.flatnonzero(~done).astype(np.int64)
+        if result is None or len(left) == values.batch:
+            return self._run_route(values, options, None)
+        if not len(left):
+            return replace(result, non_unique=non_unique)
+        rest = self._run_route(values.take(left), options, None)
+        non_unique[left] = False if rest.non_unique is None else rest.non_unique
+        delicate = np.zeros(values.batch, dtype=bool)
+        delicate[left] = False if rest.delicate is None else rest.delicate
+        result.put(left, rest)
+        face = result.face
+        if rest.face is not None:
+            face = rest.face if face is None else MixedFace(face, rest.face, left)
+        return replace(result, face=face, non_unique=non_unique, delicate=delicate)
+
+    def _pays(self, values: QPValues, setup: compiled_interior.Setup) -> NDArray[np.bool_]:
+        """Return (B,) which items interior-point steps on their pattern solve faster than the solver of the route.
+
+        By sizes, and by zeros on the diagonal of the Hessian, for which the route would need proximal steps.
+        """
+        n, m = values.num_variables, values.rows.shape[1]
+        if setup.seconds > _DENSE_STEP[0] + _DENSE_STEP[1] * n * n * (m + n / 3.0):
+            return np.zeros(values.batch, dtype=bool)
+        gram = _GRAM_SECONDS * n * ((m + len(values.bounded)) ** 2 + n * n)
+        own_method = self._blocks is not None or self._newton is not None
+        if self._semidefinite or (not own_method and _STEPS * setup.seconds < gram):
+            return np.ones(values.batch, dtype=bool)
+        return np.broadcast_to((_diagonal(values) <= 0.0).any(axis=1), (values.batch,))
 
     def _prefers_interior(self, values: QPValues) -> bool:
         """Whether the Gram matrix of all rows costs more than an interior-point solve."""
@@ -703,53 +812,22 @@ class Plan:
             primal, multipliers = step.postsolve(primal, multipliers, rhs_primal, rhs_rows)
         return primal, multipliers
 
-    def _bound_rows(self, side: IndexArray, presolved: _Presolved) -> tuple[IndexArray, FloatArray]:
+    def _bound_rows(self, side: IndexArray, presolved: Presolved) -> tuple[IndexArray, FloatArray]:
         """Return for every bounded variable the row of its active limit (B, nb), or -1, and that row's entry."""
-        bounds = self._bounds
-        position = np.arange(len(bounds.variables))[None, :]
-        upper = bounds.upper_rows[position, presolved.upper_slot]
-        lower = bounds.lower_rows[position, presolved.lower_slot]
-        rows = np.where(side > 0, upper, np.where(side < 0, lower, -1))
-        upper_entry = bounds.upper_coefficient[position, presolved.upper_slot]
-        lower_entry = bounds.lower_coefficient[position, presolved.lower_slot]
-        return rows, np.where(side > 0, upper_entry, lower_entry)
+        return self._bounds.rows_of(side, presolved.lower_slot, presolved.upper_slot)
 
     def _spread_bounds(
-        self, rows: FloatArray, bounds: FloatArray, side: IndexArray, presolved: _Presolved
+        self, rows: FloatArray, bounds: FloatArray, side: IndexArray, presolved: Presolved
     ) -> FloatArray:
         """Give the signed multipliers of the bounds back to the rows they came from."""
-        batch = rows.shape[0]
-        found = self._bounds
-        out = np.zeros((batch, self._reduced.num_rows))
-        out[:, self._kept_rows] = rows
-        if not len(found.variables):
-            return out
-        if found.plain:
-            for table, entries, active in (
-                (found.upper_rows, found.upper_coefficient, side > 0),
-                (found.lower_rows, found.lower_coefficient, side < 0),
-            ):
-                has = table[:, 0] >= 0
-                if has.all():
-                    out[:, table[:, 0]] = np.where(active, bounds, 0.0) / entries[:, 0]
-                else:
-                    out[:, table[has, 0]] = np.where(active, bounds, 0.0)[:, has] / entries[has, 0]
-            return out
-        target, entry = self._bound_rows(side, presolved)
-        item, position = np.nonzero(target >= 0)
-        out[item, target[item, position]] = bounds[item, position] / entry[item, position]
-        return out
+        slots = presolved.lower_slot, presolved.upper_slot
+        return self._bounds.spread(rows, bounds, side, *slots, self._kept_rows, self._reduced.num_rows)
 
-    def _collect_bounds(self, rows: FloatArray, side: IndexArray, presolved: _Presolved) -> FloatArray:
+    def _collect_bounds(self, rows: FloatArray, side: IndexArray, presolved: Presolved) -> FloatArray:
         """Gather a right-hand side on the rows of the active bounds, in units of the variable."""
-        out = np.zeros(side.shape)
-        if rows.any():
-            target, entry = self._bound_rows(side, presolved)
-            item, position = np.nonzero(target >= 0)
-            out[item, position] = rows[item, target[item, position]] / entry[item, position]
-        return out
+        return self._bounds.collect(rows, side, presolved.lower_slot, presolved.upper_slot)
 
-    def _conflicts(self, result: Result, presolved: _Presolved) -> dict[int, list[int]]:
+    def _conflicts(self, result: Result, presolved: Presolved) -> dict[int, list[int]]:
         """Name the program rows whose Farkas combination shows an item infeasible."""
         found: dict[int, list[int]] = {}
         for item in np.flatnonzero(result.status == Status.INFEASIBLE):
@@ -771,7 +849,18 @@ class Plan:
         return row
 
 
-def _turns(face: Face, batch: int) -> NDArray[np.bool_]:
+def _diagonal(values: QPValues) -> FloatArray:
+    """Return (1 or B, n) the diagonal of the Hessian."""
+    return values.hessian if values.diagonal else np.einsum("bii->bi", values.hessian)
+
+
+def _is_linear(values: QPValues) -> NDArray[np.bool_]:
+    """Return (B,) which items have no curvature."""
+    zero = ~values.hessian.any(axis=tuple(range(1, values.hessian.ndim)))
+    return np.broadcast_to(zero, (values.batch,))
+
+
+def _turns(face: Face | SparseFaces, batch: int) -> NDArray[np.bool_]:
     """Return (B,) whether a face leaves the optimum directions in which only the least norm holds it."""
     if isinstance(face, MixedFace):
         found = _turns(face.first, batch)
@@ -780,7 +869,7 @@ def _turns(face: Face, batch: int) -> NDArray[np.bool_]:
     return face.free_directions() > 0 if isinstance(face, LeastNormFace) else np.zeros(batch, dtype=bool)
 
 
-def _moves(face: Face, point: FloatArray) -> FloatArray:
+def _moves(face: Face | SparseFaces, point: FloatArray) -> FloatArray:
     """Return (B, n) ``O M v``, the movement along the optima from the selected one to v; zero where there are none.
 
     ``(v, 0)`` solves the KKT system with right-hand side ``(H v, N v)``; the face answers with ``R v = v - O M v``.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hsbackend import closest
+from hsbackend import closest, sparse_qp
 from hsbackend.families.family import Choice
 from hsbackend.qp_face import find_active, times
 from hsbackend.qp_operators import certificates, solve
@@ -129,8 +129,9 @@ class QPSolution:
     non_unique: Tensor
     shift: Shift
     _settings: Settings = field(repr=False)
-    _data: Data = field(repr=False)
+    _data: Data | sparse_qp.SparseData = field(repr=False)
     _outputs: tuple[Tensor, ...] = field(repr=False)
+    _sparse: sparse_qp.Call | None = field(repr=False, default=None)
 
     @property
     def residuals(self) -> Residuals:
@@ -139,6 +140,10 @@ class QPSolution:
         Of the regularised problem where there is ``smoothing``; with shifted limits for items of status ``CLOSEST``,
         whose multipliers of shifted rows are those of equations.
         """
+        if self._sparse is not None or isinstance(self._data, sparse_qp.SparseData):
+            assert self._sparse is not None
+            parts = sparse_qp.residuals(self._sparse, self._outputs)
+            return Residuals(*(part.reshape(self.status.shape).to(self.status.device) for part in parts))
         data = Data(*(None if tensor is None else tensor.detach().to(torch.float64) for tensor in self._data.tensors))  # pyright: ignore[reportArgumentType]
         x, y, z, z_lower, z_upper = (tensor.detach() for tensor in self._outputs[:5])
         gradient = data.q + times(data.hessian(self._settings), x) - z_lower + z_upper
@@ -167,6 +172,11 @@ class QPSolution:
     @property
     def active_set(self) -> ActiveSet:
         """Active inequalities, found when asked for; rows and bounds that were shifted are active."""
+        if self._sparse is not None or isinstance(self._data, sparse_qp.SparseData):
+            assert self._sparse is not None
+            masks = sparse_qp.active(self._sparse)
+            shape, device = self.status.shape, self.status.device
+            return ActiveSet(*(mask.reshape(*shape, mask.shape[1]).to(device) for mask in masks))
         masks = find_active(self._data, self._outputs, "active")
         moved = (self.shift.ineq, self.shift.lower, self.shift.upper)
         return ActiveSet(*(mask.reshape(part.shape) | (part > 0.0) for mask, part in zip(masks, moved, strict=True)))
@@ -177,6 +187,11 @@ class QPSolution:
 
         Also for items of status ``CLOSEST``, which are infeasible.
         """
+        if self._sparse is not None or isinstance(self._data, sparse_qp.SparseData):
+            assert self._sparse is not None
+            found = sparse_qp.certificates(self._sparse)
+            shape, device = self.status.shape, self.status.device
+            return Certificates(*(part.reshape(*shape, part.shape[1]).to(device) for part in found))
         data = Data(*(None if tensor is None else tensor.detach() for tensor in self._data.tensors))  # pyright: ignore[reportArgumentType]
         codes = self.status.reshape(-1).cpu().numpy()
         items = np.flatnonzero(np.isin(codes, (Status.INFEASIBLE, Status.UNBOUNDED, Status.CLOSEST)))
@@ -189,11 +204,11 @@ class QPSolution:
 
 
 def solve_qp(
-    Q: Tensor | None,
+    Q: Any,
     q: Tensor,
-    A: Tensor | None = None,
+    A: Any = None,
     b: Tensor | None = None,
-    G: Tensor | None = None,
+    G: Any = None,
     h: Tensor | None = None,
     lower: Tensor | None = None,
     upper: Tensor | None = None,
@@ -214,11 +229,12 @@ def solve_qp(
 
     Args:
         Q: (..., n, n), symmetric (not checked: its gradient is symmetric too) and positive semidefinite, at least on
-            the null space of A; or (n,), the diagonal of a diagonal matrix; None for a linear program.
+            the null space of A; or (n,), the diagonal of a diagonal matrix; None for a linear program. Sparse: see
+            Notes.
         q: (..., n), floating point.
-        A: (..., p, n), None without equalities. Dependent rows are fine.
+        A: (..., p, n), None without equalities. Dependent rows are fine. Sparse: see Notes.
         b: (..., p).
-        G: (..., m, n), None without inequalities. Dependent rows are fine.
+        G: (..., m, n), None without inequalities. Dependent rows are fine. Sparse: see Notes.
         h: (..., m); an entry ``inf`` means that there is no such row.
         lower: (..., n); an entry ``-inf`` means that there is no such bound. None for none at all.
         upper: (..., n); an entry ``inf`` means that there is no such bound. None for none at all.
@@ -269,6 +285,12 @@ def solve_qp(
 
         An item that fails contributes zero to gradients where its cotangents are zero, NaN where they are not.
 
+        *Sparse programs.* Where Q, A or G is a sparse torch tensor (coordinate, compressed row or compressed column
+        storage) or a scipy sparse matrix (a constant), the program goes to solvers whose memory is O(n + nonzeros)
+        as long as no factor is needed (docs/large-sparse.md). Such matrices have no batch axes; items are solved one
+        after the other; gradients of sparse tensors are sparse, one per stored entry; derivatives are of first order,
+        in reverse or forward mode; and ``on_failure="closest"`` is refused.
+
     Source: implicit differentiation of the KKT conditions on the active face, Amos and Kolter, "OptNet" (2017); the
         choice of the face, Han and Sun (1997); smoothing by a quadratic term, Wilder, Dilkina and Tambe, "Melding the
         data-decisions pipeline" (2019). See docs/theory.md.
@@ -278,7 +300,7 @@ def solve_qp(
 
 
 def solve_given(
-    given: Mapping[str, Tensor | None], kept: Collection[str], tolerance: float, jacobian: Choice,
+    given: Mapping[str, Any], kept: Collection[str], tolerance: float, jacobian: Choice,
     on_failure: OnFailure, smoothing: float | Tensor = 0.0, smoothing_centre: Tensor | None = None,
 ) -> QPSolution:  # fmt: skip
     """Do what :func:`solve_qp` does.
@@ -295,6 +317,8 @@ def solve_given(
     """
     check_options(jacobian, on_failure)
     check_smoothing(smoothing)
+    if any(sparse_qp.is_sparse(given[name]) for name in ("Q", "A", "G")):
+        return solve_sparse(given, tolerance, jacobian, on_failure, smoothing, smoothing_centre)
     weight = smoothing if isinstance(smoothing, Tensor) else None
     everything = {**given, "smoothing": weight, "smoothing_centre": smoothing_centre}
     for name, tensor in everything.items():
@@ -356,6 +380,81 @@ def solve_given(
     status, non_unique = (outputs[place].reshape(batch) for place in (5, 7))
     multipliers = Multipliers(y, z, z_lower, z_upper)
     return QPSolution(x, multipliers, status, non_unique, Shift(*moved), settings, data, outputs)
+
+
+def solve_sparse(
+    given: Mapping[str, Any], tolerance: float, jacobian: Choice, on_failure: OnFailure,
+    smoothing: float | Tensor = 0.0, smoothing_centre: Tensor | None = None, diagonal: Tensor | None = None,
+) -> QPSolution:  # fmt: skip
+    """Do what :func:`solve_given` does for programs with sparse matrices.
+
+    Args:
+        given: the data of :func:`solve_qp` by name.
+        tolerance: as there.
+        jacobian: as there.
+        on_failure: as there, ``"closest"`` left out.
+        smoothing: as there.
+        smoothing_centre: as there.
+        diagonal: (..., n) a diagonal Hessian in the place of Q; may have batch axes.
+    """
+    if on_failure == "closest":
+        raise InvalidOptionError('on_failure="closest" is not there for sparse programs: use "raise" or "nan"')
+    quadratic, q = given["Q"], given["q"]
+    if q is None:
+        raise ValueError("a program needs `q`, its linear term (zeros if it has none)")
+    n = q.shape[-1]
+    if isinstance(quadratic, Tensor) and quadratic.dim() == 1:
+        diagonal, quadratic = quadratic, None
+    matrices: dict[str, sparse_qp.Nonzeros | None] = {}
+    for name, right in (("Q", None), ("A", "b"), ("G", "h")):
+        matrix = quadratic if name == "Q" else given[name]
+        if right is not None and (matrix is None) != (given[right] is None):
+            there, missing = (name, right) if given[right] is None else (right, name)
+            raise ValueError(f"`{there}` was given without `{missing}`: give both or neither")
+        found = None if matrix is None else sparse_qp.Nonzeros.of(name, matrix)
+        if found is not None and (found.shape[1] != n or (name == "Q" and found.shape[0] != n)):
+            wanted = f"({n}, {n})" if name == "Q" else f"(rows, {n})"
+            raise ValueError(f"`{name}` has shape {found.shape}, expected {wanted}")
+        matrices[name] = found
+    if matrices["Q"] is not None:
+        matrices["Q"].check_symmetric("Q")
+    structure = sparse_qp.Structure(n, matrices["Q"], matrices["A"], matrices["G"])
+    _, p, m = structure.sizes
+    weight = smoothing if isinstance(smoothing, Tensor) else None
+    vectors = {
+        "diagonal": diagonal, "q": q, "b": given["b"], "h": given["h"], "lower": given["lower"],
+        "upper": given["upper"], "smoothing": weight, "smoothing_centre": smoothing_centre,
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(vectors, (n,)) | {"b": (p,), "h": (m,), "smoothing": ()}
+    for name, tensor in vectors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(
+                f"`{name}` has dtype {tensor.dtype}, expected a floating-point dtype: call `.double()` on it"
+            )
+    flat, batch = flatten(vectors, shapes)
+    weight, centre = flat.pop("smoothing"), flat.pop("smoothing_centre")
+    if weight is None and not isinstance(smoothing, Tensor) and smoothing:
+        weight = torch.full((1,), smoothing, dtype=torch.float64, device=q.device)
+    if weight is not None:
+        flat["diagonal"], flat["q"] = _smoothed(flat["diagonal"], flat["q"], weight.to(torch.float64), centre)
+    linear = flat["q"]
+    assert linear is not None
+    values = {name: None if part is None else part.values for name, part in matrices.items()}
+    data = sparse_qp.SparseData(
+        structure, values["Q"], flat["diagonal"], linear, values["A"], flat["b"], values["G"], flat["h"],
+        flat["lower"], flat["upper"],
+    )  # fmt: skip
+    outputs, call = sparse_qp.solve(data, batch.numel(), tolerance, jacobian, on_failure == "raise")
+    x, y, z, z_lower, z_upper = (
+        tensor.reshape(*batch, tensor.shape[1]).to(dtype=q.dtype, device=q.device) for tensor in outputs[:5]
+    )
+    status = outputs[5].reshape(batch).to(q.device)
+    shift = Shift(*(torch.zeros_like(part.detach()) for part in (y, z, z_lower, z_upper)))
+    settings = Settings(tolerance, jacobian, on_failure != "nan")
+    unique = sparse_qp.non_unique(call).reshape(batch).to(q.device)
+    return QPSolution(
+        x, Multipliers(y, z, z_lower, z_upper), status, unique, shift, settings, data, outputs, call
+    )  # fmt: skip
 
 
 def _smoothed(Q: Tensor | None, q: Tensor | None, weight: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:

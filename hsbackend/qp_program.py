@@ -203,6 +203,7 @@ class Prepared:
     def active(self, solution: Solution) -> NDArray[np.bool_]:
         """Return the rows of G, lower and upper in the K of the solver's face, (B, m + 2n)."""
         plan, face = self.layer.plan, solution.face
+        assert isinstance(plan, Plan)
         batch = len(solution.status)
         sizes = (self.structure.inequalities, self.structure.n, self.structure.n)
         if face is None:

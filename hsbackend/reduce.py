@@ -26,6 +26,7 @@ k the other rows that mention t: none for an elimination; for a fixing their rig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -117,7 +118,7 @@ def _column_counts(pattern: Any) -> IndexArray:
     return np.diff(sp.csc_array(pattern).indptr).astype(np.int64)
 
 
-def _choose(program: Program, allowed: NDArray[np.bool_]) -> list[tuple[int, int]]:
+def _choose(program: Program, allowed: NDArray[np.bool_], widest: int | None = None) -> list[tuple[int, int]]:
     """Choose (row, variable) pairs: the variable is defined by the row and appears in no other row.
 
     A pair is worth taking when the variable has no curvature of its own, or when nothing else in its row has:
@@ -126,37 +127,40 @@ def _choose(program: Program, allowed: NDArray[np.bool_]) -> list[tuple[int, int
     Args:
         program: the program.
         allowed: (n,) variables that may go.
+        widest: with a limit, no curved variable goes that is defined by more entries: the Hessian gets their square.
     """
     matrix = program.matrix
     pattern = sp.csr_array(matrix.pattern())
+    pattern.sort_indices()
     counts = _column_counts(pattern)
     quadratic = sp.csr_array(program.quadratic.pattern())
     curved = np.diff(quadratic.indptr) > 0
-    varying = np.zeros(matrix.shape, dtype=bool) if matrix.constant else None
-    if varying is None:
-        mask = matrix.values.varying
-        varying_pairs = set(zip(matrix.rows[mask].tolist(), matrix.columns[mask].tolist(), strict=True))
-    else:
-        varying_pairs: set[tuple[int, int]] = set()
-    pairs: list[tuple[int, int]] = []
-    taken = np.zeros(program.num_variables, dtype=bool)
-    for row in range(program.num_equalities):
-        columns = pattern.indices[pattern.indptr[row] : pattern.indptr[row + 1]]
-        candidates = [int(t) for t in columns if counts[t] == 1 and allowed[t] and (row, int(t)) not in varying_pairs]
-        best: tuple[int, int] | None = None
-        for t in candidates:
-            others_curved = bool(np.any(curved[columns[columns != t]]))
-            if curved[t] and others_curved and (len(candidates) > 1 or program.outputs[t]):
-                continue
-            rank = (2 if curved[t] else 1) + (0 if program.outputs[t] else 2)
-            if best is None or rank > best[0]:
-                best = (rank, t)
-        if best is not None and not taken[best[1]]:
-            pairs.append((row, best[1]))
-            taken[best[1]] = True
-    # Eliminated variables must not couple through Q with each other's rows in ways that need an order: they do
-    # not, because each appears in its own row only and K'QK is formed at once.
-    return pairs
+    me = program.num_equalities
+    columns = pattern.indices[: pattern.indptr[me]]
+    lengths = np.diff(pattern.indptr[: me + 1])
+    rows = np.repeat(np.arange(me), lengths)
+    candidate = (counts[columns] == 1) & allowed[columns]
+    mask = matrix.values.varying
+    if mask.any():
+        places = matrix.rows[mask] * matrix.shape[1] + matrix.columns[mask]
+        candidate &= ~np.isin(rows.astype(np.int64) * matrix.shape[1] + columns, places)
+    how_many = np.bincount(rows[candidate], minlength=me)
+    curved_in_row = np.bincount(rows[curved[columns]], minlength=me)
+    others_curved = curved_in_row[rows] - curved[columns] > 0
+    output = program.outputs[columns]
+    candidate &= ~(curved[columns] & others_curved & ((how_many[rows] > 1) | output))
+    if widest is not None:
+        candidate &= ~(curved[columns] & (lengths[rows] > widest))
+    # A curved variable before a flat one, and above all one that nobody reads; the first of equals.
+    rank = np.where(curved[columns], 2, 1) + np.where(output, 0, 2)
+    chosen = np.flatnonzero(candidate)
+    order = np.lexsort((np.arange(len(chosen)), -rank[chosen], rows[chosen]))
+    chosen = chosen[order]
+    _, first = np.unique(rows[chosen], return_index=True)
+    # A variable has one row, so that none is taken twice. Eliminated variables must not couple through Q with each
+    # other's rows in ways that need an order: they do not, because each appears in its own row only and K'QK is formed
+    # at once.
+    return [(int(rows[entry]), int(columns[entry])) for entry in chosen[first]]
 
 
 def _entry_lookup(matrix: Any, rows: IndexArray, columns: IndexArray) -> FloatArray:
@@ -165,7 +169,9 @@ def _entry_lookup(matrix: Any, rows: IndexArray, columns: IndexArray) -> FloatAr
     return np.asarray(sp.csr_array(matrix)[rows, columns]).ravel()
 
 
-def eliminate_once(program: Program, keep_outputs: bool = False) -> tuple[Program, Elimination] | None:
+def eliminate_once(
+    program: Program, keep_outputs: bool = False, widest: int | None = None
+) -> tuple[Program, Elimination] | None:
     """Eliminate variables whose definition and curvature are constant; None when there are none."""
     matrix = program.matrix
     varying = matrix.values.varying
@@ -176,7 +182,7 @@ def eliminate_once(program: Program, keep_outputs: bool = False) -> tuple[Progra
     curvature_varies[program.quadratic.rows[moving]] = True
     curvature_varies[program.quadratic.columns[moving]] = True
     allowed = ~(curvature_varies | (program.outputs & keep_outputs))
-    pairs = [(row, t) for row, t in _choose(program, allowed) if not varying_rows[row]]
+    pairs = [(row, t) for row, t in _choose(program, allowed, widest) if not varying_rows[row]]
     if not pairs:
         return None
     return _eliminate(program, pairs)
@@ -241,9 +247,7 @@ def _eliminate(program: Program, pairs: list[tuple[int, int]]) -> tuple[Program,
     )
 
     # K'QK: the constant part in full, the varying entries only among the kept variables.
-    expand = sp.lil_array((n, len(kept)))
-    expand[kept, np.arange(len(kept))] = 1.0
-    expand = sp.csr_array(expand)
+    expand = sp.csr_array(sp.coo_array((np.ones(len(kept)), (kept, np.arange(len(kept)))), shape=(n, len(kept))))
     scatter = sp.csr_array(sp.coo_array((np.ones(len(gone)), (gone, np.arange(len(gone)))), shape=(n, len(gone))))
     expand = sp.csr_array(expand - scatter @ definitions)
     reduced_constant = sp.coo_array(expand.T @ quadratic @ expand)
@@ -289,10 +293,13 @@ def _eliminate(program: Program, pairs: list[tuple[int, int]]) -> tuple[Program,
     return reduced, step
 
 
-def reduce_constant(program: Program, keep_outputs: bool = False) -> tuple[Program, list[Elimination]]:
+def reduce_constant(
+    program: Program, keep_outputs: bool = False, widest: int | None = None
+) -> tuple[Program, list[Elimination]]:
     """Fix what is dominated, then repeat :func:`eliminate_once` until nothing more can go.
 
-    With ``keep_outputs`` no variable that is returned goes: the norm of the others would not be theirs.
+    With ``keep_outputs`` no variable that is returned goes: the norm of the others would not be theirs. With ``widest``
+    no curved variable goes that is defined by more entries than that, which would fill the Hessian.
     """
     steps: list[Elimination] = []
     fixed = fix_dominated(program)
@@ -300,7 +307,7 @@ def reduce_constant(program: Program, keep_outputs: bool = False) -> tuple[Progr
         program, step = fixed
         steps.append(step)
     while True:
-        found = eliminate_once(program, keep_outputs)
+        found = eliminate_once(program, keep_outputs, widest)
         if found is None:
             return program, steps
         program, step = found
@@ -396,6 +403,40 @@ def eliminate_varying(program: Program, keep_outputs: bool = False) -> VaryingEl
     return VaryingElimination(kept, gone, rows, kept_rows, coefficient, definitions, curvature, remaining, diagonal)
 
 
+def read_variables(
+    program: Program, steps: Sequence[Elimination], varying: VaryingElimination | None = None
+) -> NDArray[np.bool_]:
+    """Find the variables (n of the reduced program) that are returned, or that define one that is."""
+    read = program.outputs
+    for step in steps:
+        definitions = step.definitions
+        defined = np.repeat(definitions.targets, np.diff(definitions.indptr))
+        defining = definitions.indices[read[step.gone][defined]]
+        read = read[step.kept]
+        read[defining] = True
+    if varying is not None:
+        definitions = varying.definitions
+        defining = definitions.columns[read[varying.gone][definitions.rows]]
+        read = read[varying.kept]
+        read[defining] = True
+    return read
+
+
+def free_of_charge(
+    program: Program, steps: Sequence[Elimination], varying: VaryingElimination | None = None
+) -> NDArray[np.bool_]:
+    """Find the variables (n of the reduced program) without linear cost in any call, which nobody reads."""
+    linear = program.linear
+    costly = linear.varying | (linear.offset != 0.0) | program.outputs
+    for step in steps:
+        costly = costly[step.kept]
+        costly[step.definitions.indices] = True
+    if varying is not None:
+        costly = costly[varying.kept]
+        costly[varying.definitions.columns] = True
+    return ~costly
+
+
 @dataclass(frozen=True)
 class Bounds:
     """Inequality rows with one constant entry, grouped by variable and side.
@@ -448,6 +489,72 @@ class Bounds:
             at_lower.astype(np.int64),
             at_upper.astype(np.int64),
         )
+
+    def usable_limits(
+        self, rhs: FloatArray, rounding: float = 1e-9
+    ) -> tuple[FloatArray, FloatArray, IndexArray, IndexArray, NDArray[np.bool_]]:
+        """Return what :meth:`limits` does and where limits cross for good (B, nb); there both are in the middle.
+
+        A variable whose bounds cross has no value; the solvers take bounds for granted. Rounding may cross them too: by
+        up to ``rounding``, relative to 1 and the limit, they do not cross for good.
+        """
+        lower, upper, lower_slot, upper_slot = self.limits(rhs)
+        crossing = lower > upper
+        if crossing.any():
+            low, high = lower[crossing], upper[crossing]
+            finite = np.isfinite(low) & np.isfinite(high)
+            middle, gap = np.zeros(len(low)), np.full(len(low), np.inf)
+            middle[finite] = 0.5 * (low[finite] + high[finite])
+            gap[finite] = low[finite] - high[finite]
+            lower[crossing] = upper[crossing] = middle
+            crossing[crossing] = ~(gap <= rounding * (1.0 + np.abs(middle)))
+        return lower, upper, lower_slot, upper_slot, crossing
+
+    def rows_of(
+        self, side: IndexArray, lower_slot: IndexArray, upper_slot: IndexArray
+    ) -> tuple[IndexArray, FloatArray]:
+        """Return for every bounded variable the row of its active limit (B, nb), or -1, and that row's entry."""
+        position = np.arange(len(self.variables))[None, :]
+        upper = self.upper_rows[position, upper_slot]
+        lower = self.lower_rows[position, lower_slot]
+        rows = np.where(side > 0, upper, np.where(side < 0, lower, -1))
+        upper_entry = self.upper_coefficient[position, upper_slot]
+        lower_entry = self.lower_coefficient[position, lower_slot]
+        return rows, np.where(side > 0, upper_entry, lower_entry)
+
+    def spread(
+        self, rows: FloatArray, bounds: FloatArray, side: IndexArray, lower_slot: IndexArray, upper_slot: IndexArray,
+        kept_rows: slice | IndexArray, num_rows: int,
+    ) -> FloatArray:  # fmt: skip
+        """Return multipliers of all rows (B, num_rows) from those of the kept rows and, signed, of the bounds."""
+        out = np.zeros((rows.shape[0], num_rows))
+        out[:, kept_rows] = rows
+        if not len(self.variables):
+            return out
+        if self.plain:
+            for table, entries, active in (
+                (self.upper_rows, self.upper_coefficient, side > 0),
+                (self.lower_rows, self.lower_coefficient, side < 0),
+            ):
+                has = table[:, 0] >= 0
+                if has.all():
+                    out[:, table[:, 0]] = np.where(active, bounds, 0.0) / entries[:, 0]
+                else:
+                    out[:, table[has, 0]] = np.where(active, bounds, 0.0)[:, has] / entries[has, 0]
+            return out
+        target, entry = self.rows_of(side, lower_slot, upper_slot)
+        item, position = np.nonzero(target >= 0)
+        out[item, target[item, position]] = bounds[item, position] / entry[item, position]
+        return out
+
+    def collect(self, rows: FloatArray, side: IndexArray, lower_slot: IndexArray, upper_slot: IndexArray) -> FloatArray:
+        """Gather a right-hand side on the rows of the active bounds (B, nb), in units of the variable."""
+        out = np.zeros(side.shape)
+        if rows.any():
+            target, entry = self.rows_of(side, lower_slot, upper_slot)
+            item, position = np.nonzero(target >= 0)
+            out[item, position] = rows[item, target[item, position]] / entry[item, position]
+        return out
 
 
 def find_bounds(program: Program) -> Bounds:

@@ -17,10 +17,14 @@ from hsbackend.program import IndexArray, MatrixEntries, Program
 from hsbackend.reduce import Bounds, Elimination, VaryingElimination
 from hsbackend.structure import Group
 
-SolverName = Literal["families", "semismooth_newton", "active_set", "reference", "diffcp"]
+SolverName = Literal["families", "semismooth_newton", "active_set", "reference", "sparse", "diffcp"]
 
 #: The dense solvers hold (n + rows)^2 numbers; above this the problem belongs to a sparse solver.
 DENSE_LIMIT = 8000
+#: Programs of n (n + rows) numbers are solved densely up to the first limit, with a positive diagonal Hessian, or the
+#: second one; up to the third one where they are named polyhedra, which have algorithms of their own; and where more
+#: than this share of the numbers is not zero. Measured on random rows and flows (docs/large-sparse.md).
+DIAGONAL_CELLS, SMALL_CELLS, MODERATE_CELLS, SPARSE_SHARE = 150_000, 2_000_000, 50_000_000, 0.05
 
 
 @dataclass(frozen=True)

@@ -645,24 +645,62 @@ def _directions(case: KnownCase, b: int) -> _Directions:
     )
 
 
-def _longest(lines: Array, rows: Array, limits: Array, slack: float, box: float) -> tuple[float, Array]:
-    """Look for a long direction d with ``|lines d| <= slack``, ``rows d <= limits``, in a box; HiGHS, two costs."""
+_LP = {"primal_feasibility_tolerance": 1e-9, "dual_feasibility_tolerance": 1e-9}
+
+
+def _surely_short(firm: Array, sided: Array) -> bool:
+    """Whether no direction d with ``|firm d| <= 1e-3`` and ``sided d <= 1e-3`` is longer than 10.
+
+    Write ``d = V y + W z`` with V the right singular vectors of ``firm`` (k rows) whose singular value is below 1e-2,
+    W the others. Then ``1e-2 |z| <= |firm d| <= 1e-3 sqrt(k)``, and every entry of y lies between two linear programs:
+    together these bound the length of all directions, not only of those that a chosen cost happens to see. A program
+    that HiGHS does not solve proves nothing.
+    """
+    k, n = firm.shape
+    _, singular, right = np.linalg.svd(firm, full_matrices=True) if k else (None, np.zeros(0), np.eye(n))
+    flat = right[int(np.sum(singular >= 1e-2)) :]
+    total = 0.01 * k
+    rows, limits = np.concatenate([sided, firm, -firm]), np.full(len(sided) + 2 * k, 1e-3)
+    for direction in flat:
+        widest = 0.0
+        for sign in (-1.0, 1.0):
+            found = linprog(
+                sign * direction, A_ub=rows, b_ub=limits, bounds=[(-1e3, 1e3)] * n, method="highs", options=_LP
+            )
+            if found.status != 0:
+                return False
+            widest = max(widest, -float(found.fun))
+        total += widest**2
+        if total > 100.0:
+            return False
+    return True
+
+
+def _longest(lines: Array, rows: Array, limits: Array) -> tuple[float, Array]:
+    """Look for a long direction d with ``lines d = 0``, ``rows d <= limits``, in a box of 1; HiGHS, two costs."""
     n = lines.shape[1]
     cost = np.random.default_rng(n).integers(64, 128, n) / 128.0
     cost[::2] *= -1.0
     best, direction = 0.0, np.zeros(n)
-    equal = {"A_eq": lines, "b_eq": np.zeros(len(lines))} if slack == 0.0 and len(lines) else {}
-    upper = [rows] if slack == 0.0 else [rows, lines, -lines]
-    right = [limits] if slack == 0.0 else [limits, np.full(2 * len(lines), slack)]
-    options = {"primal_feasibility_tolerance": 1e-9, "dual_feasibility_tolerance": 1e-9}
+    equal = {"A_eq": lines, "b_eq": np.zeros(len(lines))} if len(lines) else {}
     for sign in (-1.0, 1.0):
         found = linprog(
-            sign * cost, A_ub=np.concatenate(upper), b_ub=np.concatenate(right), **equal,
-            bounds=[(-box, box)] * n, method="highs", options=options,
-        )  # fmt: skip
+            sign * cost, A_ub=rows, b_ub=limits, **equal, bounds=[(-1.0, 1.0)] * n, method="highs", options=_LP
+        )
         if found.status == 0 and -found.fun > best:
             best, direction = float(-found.fun), np.asarray(found.x)
     return best, direction
+
+
+def _soft(case: KnownCase, b: int) -> bool:
+    """Whether a change of the costs by UNIQUENESS_MARGIN can move the optimum by about its own size."""
+    hessian, linear, rows, _ = case.item(b)
+    curvature = np.sort(np.linalg.eigvalsh(hessian))[len(linear) - exact_rank(hessian) :]
+    if not len(curvature):
+        return False
+    nu = np.abs(case.drawn_multipliers[b])
+    force = max(float(np.abs(linear).max()), float((nu * np.abs(rows).max(axis=1, initial=0.0)).max(initial=0.0)))
+    return float(curvature[0]) * (1.0 + float(np.abs(case.drawn_primal[b]).max())) < UNIQUENESS_MARGIN * force
 
 
 def is_unique(case: KnownCase, b: int) -> bool | None:
@@ -671,6 +709,9 @@ def is_unique(case: KnownCase, b: int) -> bool | None:
     The optima are the feasible points x + d with ``Q d = 0``, ``A d = 0`` and ``G d = 0`` in the rows with a positive
     multiplier (Mangasarian, 1988). Unique with a margin: no direction of length one violates these by less than the
     margin. Not unique with a margin: a direction exists in exact arithmetic and can be followed for a length of 1e-3.
+
+    Rows that are active but do not push end directions only where the optimum is. Where a curvature is so small beside
+    the costs that a change of these by less than the margin moves the optimum off such rows, they prove nothing.
     """
     if case.knobs.near_dependent > 6:  # two rows that differ by less than the margin
         return None
@@ -680,15 +721,13 @@ def is_unique(case: KnownCase, b: int) -> bool | None:
         return True
     weak = _unit_rows(way.weak)
     sided = np.concatenate([weak, way.faint])
-    if len(sided):
-        # In a box of 1e3 with violations of 1e-3: nothing longer than 10 means nothing of length 1 below 1e-4.
-        relaxed, _ = _longest(way.firm, sided, np.full(len(sided), 1e-3), 1e-3, 1e3)
-        if relaxed < 10.0:
-            return True
+    # In a box of 1e3 with violations of 1e-3: nothing longer than 10 means nothing of length 1 below 1e-4.
+    if len(sided) and not _soft(case, b) and _surely_short(way.firm, sided):
+        return True
     rank = exact_rank(np.concatenate([way.lines, way.weak]))
     lines = _unit_rows(way.lines)
     rows = np.concatenate([weak, way.rest])
-    length, direction = _longest(lines, rows, np.concatenate([np.zeros(len(weak)), way.room]), 0.0, 1.0)
+    length, direction = _longest(lines, rows, np.concatenate([np.zeros(len(weak)), way.room]))
     if length < 1e-3:
         return None
     if rank < n:

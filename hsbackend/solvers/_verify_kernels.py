@@ -10,7 +10,7 @@ from hsbackend._parallel import compile_kernel, inline_kernel
 
 #: A residual is compared with its own terms and with this fraction of the largest ones, in balanced units.
 GLOBAL = 1e-2
-#: Limits count as a size of the point to this extent: most of them may be far away.
+#: Limits, and the optimum without them, count as a size of the point to this extent: they may be far away.
 LIMITS = 1e-5
 #: Size of a point, and of a force, where the data know none: a solution zero may be zero up to rounding.
 LEAST = 1e-10
@@ -55,7 +55,8 @@ def kkt_residuals(
     """Set stationarity and the gaps ``N x - h`` of every item, and ``worst``, the largest relative residual.
 
     ``hessian`` (1 or B, n, n), or (1 or B, 1, n) for a diagonal. Every component is compared with the sum of the
-    magnitudes of its own terms, plus 1e-2 of the largest such sum in balanced units: of stationarity
+    magnitudes of its own terms, plus 1e-2 of the largest such sum, in balanced units or in those of the data, whichever
+    is less: of stationarity
     ``|a_j| + sum |H_jl x_l| + sum |N_ij w_i|``, of a row ``|h_i| + sum |N_ij x_j|``. A multiplier is measured by what
     it contributes to stationarity. Of the slack and the multiplier of an inequality the smaller one counts.
     """
@@ -70,14 +71,16 @@ def kkt_residuals(
         matrix = hessian[b * varying_h]
         normals = rows[b * varying]
         _units(matrix, diagonal, normals, D)
-        reach, largest_x, curvature = LEAST, LEAST, 0.0
+        # Sizes of the point, the curvature and the limits, in balanced units and in those of the data.
+        reach, curvature, largest, stiffness, away = LEAST, 0.0, LEAST, 0.0, 0.0
         for j in range(n):
             reach = max(reach, abs(x[j]) / D[j])
-            largest_x = max(largest_x, abs(x[j]))
+            largest = max(largest, abs(x[j]))
+            stiff = matrix[0, j] if diagonal else matrix[j, j]
+            curvature, stiffness = max(curvature, stiff * D[j] * D[j]), max(stiffness, stiff)
             if diagonal:
                 residual[j] = matrix[0, j] * x[j]
                 terms[j] = abs(residual[j])
-                curvature = max(curvature, matrix[0, j] * D[j] * D[j])
             else:
                 row = matrix[j]
                 value, total = 0.0, 0.0
@@ -85,19 +88,20 @@ def kkt_residuals(
                     value += row[l] * x[l]
                     total += abs(row[l] * x[l])
                 residual[j], terms[j] = value, total
-                curvature = max(curvature, matrix[j, j] * D[j] * D[j])
             residual[j] -= linear[b, j]
             terms[j] += abs(linear[b, j])
         for j in range(n):
             if curvature > 0.0:
-                reach = max(reach, abs(linear[b, j]) * D[j] / curvature)
+                reach = max(reach, LIMITS * abs(linear[b, j]) * D[j] / curvature)
+                away = max(away, abs(linear[b, j]) / stiffness)
         for i in range(m):
             row = normals[i]
-            value, total, length = 0.0, 0.0, 0.0
+            value, total, length, plain = 0.0, 0.0, 0.0, 0.0
             for j in range(n):
                 value += row[j] * x[j]
                 total += abs(row[j] * x[j])
                 length = max(length, abs(row[j]) * D[j])
+                plain = max(plain, abs(row[j]))
             nu = row_multipliers[b, i]
             if nu != 0.0:
                 axpy(nu, row, residual, n)
@@ -108,6 +112,7 @@ def kkt_residuals(
             size[i] = total + limit
             if length > 0.0:
                 reach = max(reach, LIMITS * limit / length)
+                away = max(away, limit / plain)
         for i in range(bounded.shape[0]):
             j = bounded[i]
             residual[j] += bound_multipliers[b, i]
@@ -115,19 +120,20 @@ def kkt_residuals(
             for limit in (lower[b, i], upper[b, i]):
                 if abs(limit) < 1e300:
                     reach = max(reach, LIMITS * abs(limit) / D[j])
-        force, plain_force = max(curvature * reach, LEAST), LEAST
+                    away = max(away, abs(limit))
+        largest = max(largest, LIMITS * away)
+        force, plain_force = max(curvature * reach, LEAST), max(stiffness * LIMITS * away, LEAST)
         for j in range(n):
             force = max(force, terms[j] * D[j])
             plain_force = max(plain_force, terms[j])
-        plain_force = max(plain_force, curvature * reach)
-        largest = 0.0
+        found = 0.0
         invalid = False
         for j in range(n):
             terms[j] += GLOBAL * min(force / D[j], plain_force)
             if not np.isfinite(residual[j]):
                 invalid = True
             elif residual[j] != 0.0:
-                largest = max(largest, abs(residual[j]) / terms[j])
+                found = max(found, abs(residual[j]) / terms[j])
         for i in range(m):
             row = normals[i]
             nu, gap = row_multipliers[b, i], gaps[b, i]
@@ -137,7 +143,7 @@ def kkt_residuals(
             for j in range(n):
                 length = max(length, abs(row[j]) * D[j])
                 plain = max(plain, abs(row[j]))
-            scale = size[i] + GLOBAL * min(reach * length, max(largest_x, LIMITS * reach) * plain)
+            scale = size[i] + GLOBAL * min(reach * length, largest * plain)
             relative = abs(gap) / scale if gap != 0.0 else 0.0
             if i >= n_eq and (nu < 0.0 or gap < 0.0):
                 pull = 0.0
@@ -145,11 +151,11 @@ def kkt_residuals(
                     if row[j] != 0.0:
                         pull = max(pull, abs(nu * row[j]) / terms[j])
                 if nu < 0.0:
-                    largest = max(largest, pull)
+                    found = max(found, pull)
                     relative = relative if gap > 0.0 else 0.0
                 else:
                     relative = min(relative, pull)
-            largest = max(largest, relative)
+            found = max(found, relative)
         for i in range(bounded.shape[0]):
             j = bounded[i]
             mu = bound_multipliers[b, i]
@@ -160,7 +166,7 @@ def kkt_residuals(
             if violated:
                 gap = max(above, below)
             if gap != 0.0:
-                floor = GLOBAL * min(reach * D[j], max(largest_x, LIMITS * reach))
+                floor = GLOBAL * min(reach * D[j], largest)
                 relative = abs(gap) / (abs(x[j]) + abs(x[j]) + abs(gap) + floor)
-                largest = max(largest, relative if violated else min(relative, pull))
-        worst[b] = np.nan if invalid else largest  # NaN must not pass as small
+                found = max(found, relative if violated else min(relative, pull))
+        worst[b] = np.nan if invalid else found  # NaN must not pass as small

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hsbackend._parallel import for_each_item, gather
 from hsbackend.face import BlockFace, BoxFace, GramFace, MixedFace
@@ -32,6 +33,11 @@ from hsbackend.status import Status
 #: Weight of the proximal term relative to the largest curvature. Small weights converge in fewer outer steps but
 #: put numbers of size 1/weight into the Gram matrix; 1e-4 keeps twelve digits (measured on epigraph fuzz problems).
 PROXIMAL_WEIGHT = 1e-4
+
+
+#: Residual, relative to the tolerance, above which a point that cannot be refined any further is looked at again: it is
+#: what an infeasible or unbounded problem that is nearly solvable has to offer, too.
+_POOR = 1e-3
 
 
 def _proximal_weight(hessian: FloatArray) -> FloatArray:
@@ -183,6 +189,10 @@ def finish(values: QPValues, options: Options, result: Result, gram_setup: Calla
     left = values.take(unfinished)
     rest = verify(left, options, solve(left, options, gram_setup()))
     result.put(unfinished, rest)
+    if rest.delicate is not None:
+        delicate = np.zeros(values.batch, dtype=bool) if result.delicate is None else result.delicate
+        delicate[unfinished] = rest.delicate
+        result = replace(result, delicate=delicate)
     if isinstance(result.face, BoxFace | BlockFace) and rest.face is not None:
         return replace(result, face=MixedFace(result.face, rest.face, unfinished))
     return result
@@ -203,7 +213,10 @@ def residuals(
     return stationarity, gaps, worst
 
 
-def verify(values: QPValues, options: Options, result: Result, good: float = 1e-4) -> Result:
+def verify(
+    values: QPValues, options: Options, result: Result, good: float = 1e-4,
+    among: NDArray[np.bool_] | None = None,
+) -> Result:  # fmt: skip
     """Check the KKT conditions against the data themselves, refine where needed, and mark what still fails.
 
     The solver works with the Gram matrix; an ill-conditioned Hessian can make a solution that is exact there
@@ -215,8 +228,11 @@ def verify(values: QPValues, options: Options, result: Result, good: float = 1e-
         options: tolerances.
         result: overwritten where it is refined.
         good: residual, relative to the tolerance, up to which nothing is refined.
+        among: (B,) the items to look at, all by default.
     """
     solved = result.status == Status.SOLVED
+    if among is not None:
+        solved &= among
     stationarity, gaps, worst = residuals(values, result.primal, result.rows, result.bounds)
     for _ in range(2):
         # Near the tolerance a refinement is cheap insurance; further away it is needed.
@@ -237,4 +253,7 @@ def verify(values: QPValues, options: Options, result: Result, good: float = 1e-
         stationarity[better], gaps[better] = stationarity_after[better], gaps_after[better]
         worst[better] = after[better]
     result.status[solved & ~(worst <= options.tolerance)] = Status.NOT_CONVERGED
+    poor = solved & (worst > _POOR * options.tolerance)
+    if poor.any():
+        result = replace(result, delicate=poor if result.delicate is None else poor | result.delicate)
     return result

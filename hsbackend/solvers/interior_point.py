@@ -472,21 +472,27 @@ def kkt_residual(problem: Problem, primal: FloatArray, rows: FloatArray, bounds:
     limit = np.where(np.isfinite(problem.rhs), np.abs(problem.rhs), 0.0)
     length = _row_largest(problem.rows, units)
     curvature = float(np.max(np.maximum(diagonal, 0.0) * units**2, initial=0.0))
-    reach = max(LEAST, _largest(primal / units), LIMITS * _largest(limit[length > 0.0] / length[length > 0.0]))
+    plain, stiffness = _row_largest(problem.rows, np.ones(len(units))), float(np.max(diagonal, initial=0.0))
+    there = length > 0.0
+    reach = max(LEAST, _largest(primal / units), LIMITS * _largest(limit[there] / length[there]))
+    largest, away = max(LEAST, _largest(primal)), _largest(limit[there] / plain[there])
     if curvature > 0.0:
-        reach = max(reach, _largest(problem.linear * units) / curvature)
+        reach = max(reach, LIMITS * _largest(problem.linear * units) / curvature)
+        away = max(away, _largest(problem.linear) / stiffness)
     for sides in (problem.lower, problem.upper):
-        reach = max(reach, LIMITS * _largest(np.where(np.isfinite(sides), sides, 0.0) / units[problem.bounded]))
+        finite = np.where(np.isfinite(sides), sides, 0.0)
+        reach = max(reach, LIMITS * _largest(finite / units[problem.bounded]))
+        away = max(away, _largest(finite))
+    largest = max(largest, LIMITS * away)
     stationarity = problem.hessian @ primal - problem.linear + problem.rows.T @ rows
     terms = hessian @ np.abs(primal) + np.abs(problem.linear) + normals.T @ np.abs(rows)
     np.add.at(stationarity, problem.bounded, bounds)
     np.add.at(terms, problem.bounded, np.abs(bounds))
     if not np.isfinite(stationarity).all():
         return np.nan
-    least, largest = max(curvature * reach, LEAST), max(LEAST, _largest(primal), LIMITS * reach)
-    terms = terms + GLOBAL * np.minimum(max(least, _largest(terms * units)) / units, max(least, _largest(terms)))
+    force = max(LEAST, curvature * reach, _largest(terms * units))
+    terms = terms + GLOBAL * np.minimum(force / units, max(LEAST, stiffness * LIMITS * away, _largest(terms)))
     gap = problem.rows @ primal - problem.rhs
-    plain = _row_largest(problem.rows, np.ones(len(units)))
     size = normals @ np.abs(primal) + limit + GLOBAL * np.minimum(reach * length, largest * plain)
     pull = np.abs(rows) * _row_largest(problem.rows, 1.0 / np.where(terms > 0.0, terms, np.inf))
     violation = _ratio(np.abs(gap), size)

@@ -7,20 +7,21 @@ The strictly convex problem becomes a least-distance problem in the metric of th
 whose dual is a non-negative least-squares problem: with ``E = [C'; f']`` and ``e = (0, ..., 0, 1)`` let
 ``r = E z - e`` for the minimiser ``z >= 0`` of ``||E z - e||``; then ``s = -r[:n] / r[n]``, and the constraints are
 incompatible exactly when r = 0 (Lawson and Hanson, "Solving Least Squares Problems", 1974, chapter 23). SciPy's
-``nnls`` solves it. The active rows found there are polished by a dense least-squares solve of the KKT system, and the
-derivative uses that dense system too: no shortcut is shared with the fast solvers.
+``nnls`` solves it, in balanced units. The active rows found there are polished by a dense least-squares solve of the
+KKT system, and the derivative uses that dense system too: no shortcut is shared with the fast solvers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import nnls
 
 from hsbackend.face import DenseFace
-from hsbackend.program import FloatArray, QPValues
+from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers.result import Options, Result
+from hsbackend.solvers.scaling import Scaling, without_invalid
 from hsbackend.status import Status
 
 
@@ -54,6 +55,25 @@ def _dense_item(values: QPValues, b: int) -> _Item:
         np.concatenate([rows[me:], units, -units]),
         np.concatenate([values.rhs_rows[b, me:], values.upper[b], -values.lower[b]]),
     )
+
+
+def _active_rows(c: FloatArray, f: FloatArray) -> IndexArray | None:
+    """Return the rows that push at the shortest s with ``c s >= f``; None if there is no such s."""
+    if not np.any(f > 1e-13 * (1.0 + np.abs(f).max(initial=0.0))):
+        return np.zeros(0, dtype=np.int64)
+    # r[n] = -1 / (1 + ||s||^2) with s in units of the scale: make that unit comparable with the distance.
+    weights, reach = np.zeros(len(f)), 0.0
+    for scale in float(np.abs(f).max()) * np.array([1.0, 1e2, 1e4, 1e6]):
+        stacked = np.concatenate([c.T, f[None] / scale])
+        target = np.zeros(len(stacked))
+        target[-1] = 1.0
+        weights, _ = nnls(stacked, target, maxiter=50 * (len(f) + c.shape[1]))
+        reach = -float((stacked @ weights - target)[-1])
+        if reach > 1e-4:
+            break
+    if not reach > 1e-10:
+        return None
+    return np.flatnonzero(weights > 1e-12 * weights.max(initial=0.0)).astype(np.int64)
 
 
 def _solve_item(item: _Item) -> tuple[Status, FloatArray, FloatArray, FloatArray]:
@@ -95,21 +115,14 @@ def _solve_item(item: _Item) -> tuple[Status, FloatArray, FloatArray, FloatArray
         return Status.INFEASIBLE, *nothing
     finite, g, h, norm = finite[~decided], g[~decided], h[~decided], norm[~decided]
     c, f = c[~decided], f[~decided]
-    active = np.zeros(0, dtype=np.int64)
-    if np.any(f > 1e-13 * (1.0 + np.abs(f).max(initial=0.0))):
-        # r[n] = -1 / (1 + ||s||^2) with s in units of the scale: make that unit comparable with the distance.
-        weights, reach = np.zeros(len(f)), 0.0
-        for scale in float(np.abs(f).max()) * np.array([1.0, 1e2, 1e4, 1e6]):
-            stacked = np.concatenate([c.T, f[None] / scale])
-            target = np.zeros(len(stacked))
-            target[-1] = 1.0
-            weights, _ = nnls(stacked, target, maxiter=50 * (len(f) + n))
-            reach = -float((stacked @ weights - target)[-1])
-            if reach > 1e-4:
-                break
-        if not reach > 1e-10:
-            return Status.INFEASIBLE, *nothing
-        active = np.flatnonzero(weights > 1e-12 * weights.max(initial=0.0))
+    # Rows that all meet in one point may contradict each other by rounding: then they hold up to rounding.
+    terms = (np.abs(g) @ np.abs(start) + np.abs(h)) * norm
+    c, f = np.asarray(c, dtype=np.float64), np.asarray(f, dtype=np.float64)
+    active = _active_rows(c, f)
+    if active is None:
+        active = _active_rows(c, np.asarray(f - 1e-9 * terms, dtype=np.float64))
+    if active is None:
+        return Status.INFEASIBLE, *nothing
     # Polish on the active rows.
     normals = np.concatenate([item.equalities, g[active]])
     m = len(normals)
@@ -131,6 +144,22 @@ def _solve_item(item: _Item) -> tuple[Status, FloatArray, FloatArray, FloatArray
 
 def solve(values: QPValues, options: Options) -> Result:
     """Solve every item of a batch; arguments and result as for the fast solvers, cost O(B (n + m)^3)."""
+    values, invalid = without_invalid(values)
+    scaling = Scaling.of(values.hessian, values.rows)
+    if scaling is None:
+        result = _solve(values, options)
+    else:
+        found = _solve(scaling.apply(values), options)
+        face = found.face
+        result = scaling.undo(values, found)
+        if face is not None:
+            result = replace(result, face=DenseFace(values, face.active_rows, face.active_bounds))
+    result.status[invalid] = Status.INVALID_INPUT
+    return result
+
+
+def _solve(values: QPValues, options: Options) -> Result:
+    """Solve every item in the units of its data."""
     batch, n = values.batch, values.num_variables
     m, nb, me = values.rhs_rows.shape[1], len(values.bounded), values.num_equalities
     primal, rows, bounds = np.full((batch, n), np.nan), np.zeros((batch, m)), np.zeros((batch, nb))

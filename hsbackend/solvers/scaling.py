@@ -2,7 +2,8 @@
 
     H' = D H D,   a' = D a,   N' = R N D,   h' = R h,   lower' = lower / D,   upper' = upper / D
 
-so that the largest entry of every row and column of ``[H' N''; N' 0]`` is near one. Nothing is rounded by it.
+so that the largest entry of every row and column of ``[c H' N''; N' 0]`` is near one, where c makes the largest entry
+of H' one: the unit of the objective says nothing about those of the variables. Nothing is rounded by it.
 
 Source: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices" (2001).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hsbackend.program import FloatArray, QPValues
 from hsbackend.solvers.result import Result
@@ -20,6 +22,21 @@ from hsbackend.solvers.warm import WarmStart
 _ROUNDS = 6
 #: Ratio of the units of two columns, or of two rows, up to which data are left as they are.
 _BALANCED = 32.0
+
+
+def without_invalid(values: QPValues) -> tuple[QPValues, NDArray[np.bool_]]:
+    """Return the problems with harmless numbers in the place of infinite ones and NaN, and which items have some."""
+    batch = values.batch
+    invalid = np.zeros(batch, dtype=bool)
+    parts = {"hessian": values.hessian, "rhs_primal": values.rhs_primal, "rows": values.rows}
+    limits = {"rhs_rows": values.rhs_rows, "lower": values.lower, "upper": values.upper}
+    clean: dict[str, FloatArray] = {}
+    for name, part in {**parts, **limits}.items():
+        good = np.isfinite(part) if name in parts else ~np.isnan(part)
+        if not good.all():
+            clean[name] = np.where(good, part, 0.0)
+            invalid |= np.broadcast_to(~np.all(good.reshape(part.shape[0], -1), axis=1), (batch,))
+    return (replace(values, **clean) if clean else values), invalid
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,8 @@ class Scaling:
         for _ in range(_ROUNDS):
             scaled = g * weights[:, :, None] * columns[:, None, :]
             by_column = h * columns**2 if h.ndim == 2 else (h * columns[:, :, None]).max(axis=1) * columns
+            cost = by_column.max(axis=1, keepdims=True)  # the unit of the objective is free
+            by_column = by_column / np.where(cost > 0.0, cost, 1.0)
             by_column = np.maximum(by_column, scaled.max(axis=1, initial=0.0))
             by_row = scaled.max(axis=2, initial=0.0)
             columns = columns / np.sqrt(np.where(by_column > 0.0, by_column, 1.0))

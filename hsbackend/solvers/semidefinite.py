@@ -22,12 +22,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hsbackend.batched import matvec
+from hsbackend.batched import matvec, vecmat
 from hsbackend.face import GramFace, LeastNormFace
 from hsbackend.program import FloatArray, IndexArray, QPValues
 from hsbackend.solvers import active_set, interior_point
 from hsbackend.solvers.result import Options, Result
-from hsbackend.solvers.scaling import Scaling
+from hsbackend.solvers.scaling import Scaling, without_invalid
 from hsbackend.solvers.warm import WarmStart
 from hsbackend.status import Status
 
@@ -45,6 +45,10 @@ _SLACK = 1e-9
 _CERTAIN_RANK, _CERTAIN_CURVATURE = 1e-3, 1e-6
 #: Singular values of ``[H; N]`` (unit rows) below this are zero.
 _RANK = 1e-11
+#: Part of a direction across a unit row above which the row is touched, at least.
+_TOUCHED = 1e-10
+#: Ratio of what a point gains on the data to its length, below which it is nearly a ray; squared for multipliers.
+_AWAY = 1e-3
 #: Length of the projection of a unit vector onto a cone above which the cone is not zero.
 _RAY = 1e-7
 
@@ -104,21 +108,6 @@ def nearly_singular(hessian: FloatArray) -> Mask:
     return eigenvalues.min(axis=1, initial=np.inf) <= 1e-9 * np.abs(harmless).max(axis=(1, 2), initial=0.0)
 
 
-def _without_invalid(values: QPValues) -> tuple[QPValues, Mask]:
-    """Return the problems with harmless numbers in the place of infinite ones and NaN, and which items have some."""
-    batch = values.batch
-    invalid = np.zeros(batch, dtype=bool)
-    parts = {"hessian": values.hessian, "rhs_primal": values.rhs_primal, "rows": values.rows}
-    limits = {"rhs_rows": values.rhs_rows, "lower": values.lower, "upper": values.upper}
-    clean: dict[str, FloatArray] = {}
-    for name, part in {**parts, **limits}.items():
-        good = np.isfinite(part) if name in parts else ~np.isnan(part)
-        if not good.all():
-            clean[name] = np.where(good, part, 0.0)
-            invalid |= np.broadcast_to(~np.all(good.reshape(part.shape[0], -1), axis=1), (batch,))
-    return (replace(values, **clean) if clean else values), invalid
-
-
 def solve(
     values: QPValues, options: Options, read: Mask, setup: SemidefiniteSetup | None = None,
     warm: WarmStart | None = None, start: Result | None = None,
@@ -136,7 +125,7 @@ def solve(
     Returns:
         Result with ``non_unique``, and a :class:`~hsbackend.face.LeastNormFace`.
     """
-    values, invalid = _without_invalid(values)
+    values, invalid = without_invalid(values)
     scaling = Scaling.of(values.hessian, values.rows) if setup is None else setup.scaling
     if scaling is None:
         result = _solve(values, options, read, None, setup, warm, start)
@@ -163,7 +152,7 @@ def _solve(
     face = result.face
     if not isinstance(face, LeastNormFace):  # every item failed before there was a face
         return result
-    result = _rescue(given, values, options, scaling, result)
+    result, rescued = _rescue(given, values, options, scaling, result)
     face = result.face
     assert isinstance(face, LeastNormFace)
     non_unique = np.zeros(values.batch, dtype=bool)
@@ -171,14 +160,17 @@ def _solve(
     if options.jacobian == "active":
         _hold_active(values, options, result, rows, bounds)
     for b in np.flatnonzero(_doubtful(values, result, read)):
-        weights = np.where(read, units[b if len(units) > 1 else 0], 0.0)
-        found = _Item(values, int(b)).select(result, options, weights)
+        found = _Item(values, int(b)).select(result, options, units[b if len(units) > 1 else 0], read)
         if found is not None:
             non_unique[b], result.primal[b], rows[b], bounds[b] = found
     final, changed = face.replaced(rows, bounds)
-    if len(changed):  # on the final K the point is what the data say, not how it was found
+    rescued[changed] = True
+    if rescued.any():  # on the final K the point is what the data say, not how it was found
         good = _REFINE if values.num_variables <= _SMALL else 1e-4
-        result = active_set.verify(values, options, replace(result, face=final), good)
+        result = active_set.verify(values, options, replace(result, face=final), good, rescued)
+    away = runs_away(values, result.primal, result.rows, result.bounds)
+    if away.any():
+        result = replace(result, delicate=away if result.delicate is None else away | result.delicate)
     return replace(result, face=final if options.keep_face else None, non_unique=non_unique)
 
 
@@ -226,13 +218,19 @@ def _optimum(
     return result
 
 
-def _rescue(given: QPValues, values: QPValues, options: Options, scaling: Scaling | None, result: Result) -> Result:
-    """Give what is not solved to the interior-point method, in the units of the data: it has its own."""
+def _rescue(
+    given: QPValues, values: QPValues, options: Options, scaling: Scaling | None, result: Result
+) -> tuple[Result, Mask]:
+    """Give what is not solved to the interior-point method, in the units of the data: it has its own.
+
+    Returns:
+        The result, and which items (B,) that solved.
+    """
     face = result.face
     failed = np.isin(result.status, [Status.NOT_CONVERGED, Status.UNBOUNDED, Status.INFEASIBLE])
     left = np.flatnonzero(failed).astype(np.int64)
     if not len(left) or not isinstance(face, LeastNormFace):
-        return result
+        return result, np.zeros(values.batch, dtype=bool)
     part = given.take(left)
     found = interior_point.solve(part, options)
     sides = interior_point.active_sides(part, found.primal, found.rows, found.bounds)
@@ -241,7 +239,43 @@ def _rescue(given: QPValues, values: QPValues, options: Options, scaling: Scalin
     result.put(left, found)
     rows, bounds = face.active_rows.copy(), face.active_bounds.copy()
     rows[left], bounds[left] = sides
-    return replace(result, face=replace(face, active_rows=rows, active_bounds=bounds), delicate=failed)
+    delicate = failed if result.delicate is None else failed | result.delicate
+    result = replace(result, face=replace(face, active_rows=rows, active_bounds=bounds), delicate=delicate)
+    return result, failed & (result.status == Status.SOLVED)
+
+
+def runs_away(values: QPValues, primal: FloatArray, rows: FloatArray, bounds: FloatArray) -> Mask:
+    """Return (B,) whether points or multipliers are nearly certificates that there is no optimum.
+
+    So long a point that ``H x``, ``E x`` and what it gains on limits are small beside it is nearly a ray; multipliers
+    so large that ``N'w`` is small beside them are nearly a Farkas combination. A residual relative to its terms is
+    small there whatever the problem.
+
+    Args:
+        values: the problems.
+        primal: (B, n) points.
+        rows: (B, m) multipliers of the rows.
+        bounds: (B, nb) multipliers of the limits.
+    """
+    scaling = Scaling.of(values.hessian, values.rows)
+    if scaling is not None:
+        values = scaling.apply(values)
+        primal, rows = primal / scaling.columns, rows / scaling.rows
+        bounds = bounds * scaling.columns[:, values.bounded]
+    me, length = values.num_equalities, np.abs(values.rows).max(axis=2, initial=0.0)
+    curved = values.hessian * primal if values.diagonal else matvec(values.hessian, primal)
+    stiffness = np.abs(values.hessian).reshape(len(values.hessian), -1).max(axis=1, initial=0.0)
+    moved = matvec(values.rows, primal)
+    moved[:, me:] = np.where(np.isfinite(values.rhs_rows[:, me:]), np.maximum(moved[:, me:], 0.0), 0.0)
+    at = primal[:, values.bounded]
+    beyond = np.maximum(np.where(values.upper < np.inf, at, 0.0), np.where(values.lower > -np.inf, -at, 0.0))
+    size = np.abs(primal).max(axis=1, initial=0.0)[:, None]
+    ray = (np.abs(curved) <= _AWAY * stiffness[:, None] * size).all(axis=1) & (size[:, 0] > 0.0)
+    ray &= (np.abs(moved) <= _AWAY * length * size).all(axis=1) & (beyond <= _AWAY * size).all(axis=1)
+    pull = vecmat(rows, values.rows)
+    pull[:, values.bounded] += bounds
+    force = np.maximum(np.abs(rows * length).max(axis=1, initial=0.0), np.abs(bounds).max(axis=1, initial=0.0))
+    return ray | ((np.abs(pull).max(axis=1, initial=0.0) <= _AWAY**2 * force) & (force > 0.0))
 
 
 def _no_face(values: QPValues, read: Mask) -> LeastNormFace:
@@ -361,23 +395,32 @@ class _Item:
         largest = float(np.abs(np.diag(self.hessian)).max(initial=0.0))
         self.curvature = self.hessian / largest if largest > 0.0 else np.zeros((0, n))
 
-    def _directions(self, tight: Mask) -> FloatArray:
-        """Return an orthonormal basis of the directions without curvature along which the tight rows stay tight."""
+    def _directions(self, tight: Mask) -> tuple[FloatArray, float]:
+        """Return the directions without curvature along which the tight rows stay tight.
+
+        Returns:
+            An orthonormal basis in the columns, and the size of the rounding errors in it: rounding over the least
+            singular value that is not zero.
+        """
         stacked = np.concatenate([self.curvature, self.normals[tight]])
         if not len(stacked):
-            return np.eye(len(self.linear))
+            return np.eye(len(self.linear)), _TOUCHED
         _, singular, right = np.linalg.svd(stacked, full_matrices=True)
-        return right[int(np.sum(singular > _RANK * singular.max(initial=0.0))) :].T
+        largest = float(singular.max(initial=0.0))
+        rank = int(np.sum(singular > _RANK * largest))
+        least = float(singular[rank - 1]) if rank else largest
+        return right[rank:].T, max(_TOUCHED, 1e-14 * largest / least) if least > 0.0 else _TOUCHED
 
     def select(
-        self, result: Result, options: Options, weights: FloatArray
+        self, result: Result, options: Options, units: FloatArray, read: Mask
     ) -> tuple[bool, FloatArray, IndexArray, IndexArray] | None:
         """Choose among the optima.
 
         Args:
             result: one optimum of every item.
             options: tolerances, and which K to keep.
-            weights: (n,) of the variables in the norm that decides; zero where nobody reads them.
+            units: (n,) of the variables; the norm that decides is that of the data.
+            read: (n,) the variables whose norm decides.
 
         Returns:
             Whether the variables that are read have more than one optimal value, the chosen point, and the sides of
@@ -391,28 +434,33 @@ class _Item:
         pull = np.abs(multipliers) / self.scale
         cost, curvature = np.abs(self.linear).max(initial=0.0), np.abs(self.hessian).max(initial=0.0)
         support = (pull > _negligible(cost, curvature, np.abs(x).max(initial=0.0))) | self.equality
-        basis = self._directions(support)
-        read = weights > 0.0
-        seen = weights[read, None] * basis[read]
-        if not np.abs(seen).max(initial=0.0) > 1e-8:
+        plain, rounding = self._directions(support)
+        if not np.abs(plain[read]).max(initial=0.0) > 1e-8:
             return None
+        basis = _orthonormal(units[:, None] * plain)
+        seen, basis = basis[read], basis / units[:, None]
         slack = self.limits - self.normals @ x
         room = _SLACK * (1.0 + np.where(np.isfinite(self.limits), np.abs(self.limits), 0.0) + np.abs(x).max())
         slack = np.where(np.abs(slack) <= room, 0.0, np.maximum(slack, 0.0))
         others = np.flatnonzero(~support & np.isfinite(slack))
+        across = self.normals[others] @ plain
+        touched = np.abs(across).max(axis=1, initial=0.0) > rounding
+        others, across = others[touched], np.where(np.abs(across) > rounding, across, 0.0)[touched]
         rows = self.normals[others] @ basis
-        touched = np.abs(rows).max(axis=1, initial=0.0) > 1e-10
-        others, rows = others[touched], rows[touched]
-        step, pushing = _least_norm(seen, (weights * x)[read], rows, slack[others], options)
+        rows = np.where(np.abs(rows) > rounding * np.linalg.norm(basis, axis=0), rows, 0.0)
+        size = np.abs(rows).max(axis=1, initial=0.0)
+        size = np.where(size > 0.0, size, 1.0)
+        rows /= size[:, None]
+        step, pushing = _least_norm(seen, (units * x)[read], rows, slack[others] / size, options)
         primal = x
         if step is not None:
             primal = x + basis @ step
             if self._worse(primal, slack, support):
                 primal, pushing = x, np.zeros(len(others), dtype=bool)
-        size = 1.0 + float(np.abs(x[read]).max(initial=0.0))
-        moved = float(np.abs(primal - x)[read].max(initial=0.0)) > 1e-7 * size
-        weak = rows[slack[others] <= room[others]]
-        several = moved or _has_part(weak, seen)
+        size = 1.0 + float(np.abs(units * x)[read].max(initial=0.0))
+        moved = float(np.abs(units * (primal - x))[read].max(initial=0.0)) > 1e-7 * size
+        weak = across[slack[others] <= room[others]]
+        several = moved or _has_part(weak, plain[read])
         # K: the rows at their limit, or those that hold the point as an optimum or as the chosen one among the optima.
         gap = np.abs(self.limits - self.normals @ primal)
         held = support.copy()
@@ -428,6 +476,16 @@ class _Item:
         gap = self.normals @ primal - self.limits
         allowed = 1e-9 * (1.0 + np.where(np.isfinite(self.limits), np.abs(self.limits), 0.0) + np.abs(primal).max())
         return bool(np.any(gap > allowed) or np.any(np.abs(gap[support]) > allowed[support]))
+
+
+def _orthonormal(columns: FloatArray) -> FloatArray:
+    """Return an orthonormal basis of the span of independent columns, accurate in every row whatever its size."""
+    basis = columns.copy()
+    for j in range(basis.shape[1]):
+        for _ in range(2):
+            basis[:, j] -= basis[:, :j] @ (basis[:, :j].T @ basis[:, j])
+            basis[:, j] /= np.linalg.norm(basis[:, j])
+    return basis
 
 
 def _problem(hessian: FloatArray, rhs_primal: FloatArray, rows: FloatArray, rhs: FloatArray) -> QPValues:

@@ -59,3 +59,34 @@ def test_what_has_a_solution_has_no_certificate() -> None:
     ray = certificates.ray(np.zeros((2, 2)), np.array([1.0, -1.0]), rows, np.array([np.inf, 0.0, 0.0]), 0)
     np.testing.assert_allclose(ray, [0.0, 1.0], atol=1e-12)
     assert certificates.farkas(np.zeros((0, 2)), np.zeros(0), 0) is None
+
+
+@pytest.mark.parametrize("gap", [-1e-6, 1e-6])
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+def test_thin_sets_in_mixed_units(gap: float, unit: float) -> None:
+    """3 <= x + y / unit <= 3 + gap, written with rows 1e8 apart: HiGHS alone sees gaps from 1e-7 on."""
+    row = np.array([1.0, 1.0 / unit])
+    matrix, rhs = np.array([1e4 * row, -1e-4 * row, [0.0, 1.0]]), np.array([1e4 * (3.0 + gap), -3e-4, 5.0 * unit])
+    found = certificates.farkas(matrix, rhs, 0)
+    if gap > 0.0:
+        assert found is None
+        return
+    assert found is not None
+    assert (found >= 0.0).all()
+    np.testing.assert_allclose(found @ matrix, 0.0, atol=1e-15 * np.abs(found @ np.abs(matrix)).max())
+    assert found @ rhs < 0.0
+
+
+@pytest.mark.parametrize("curvature", [0.0, 1e-13])
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+def test_gentle_slopes_in_mixed_units(curvature: float, unit: float) -> None:
+    """A slope of 1e-6 beside one of 3 has no end, unless there is any curvature."""
+    hessian = np.diag([2.0, curvature, 0.0]) / np.outer([1.0, unit, 1.0], [1.0, unit, 1.0])
+    linear = np.array([-3.0, -1e-6 / unit, 1.0])
+    matrix, rhs = np.array([[1.0, 0.0, -1.0], [0.0, 0.0, -1.0]]), np.zeros(2)
+    found = certificates.ray(hessian, linear, matrix, rhs, 0)
+    if curvature > 0.0:
+        assert found is None
+        return
+    assert found is not None
+    np.testing.assert_allclose(found, [0.0, 1.0, 0.0], atol=1e-15)

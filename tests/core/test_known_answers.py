@@ -5,41 +5,33 @@ A failing seed is printed with what it stands for. To see it again, add it to ON
     python -m pytest tests/core/test_known_answers.py -k "one_seed and 1323"
 
 or look at what ``known_answers.describe(1323)`` says and ``known_answers.known_case(1323)`` holds. The nightly run has
-seeds from a million on. Seeds keep their meaning as long as the generator stays as it is; a test says when it does not.
+100,000 seeds from a million on, on all cores:
+
+    python -m pytest -m nightly tests/core/test_known_answers.py
+
+Seeds keep their meaning as long as the generator stays as it is; a test says when it does not.
 """
 
 from __future__ import annotations
 
 import hashlib
-import traceback
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 
 import clarabel
 import numpy as np
 import pytest
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-import hsbackend
-from hsbackend.plan import Plan, Solution
-from hsbackend.route import SolverName
-from hsbackend.solvers.result import Options
 from hsbackend.status import Status
 from known_answers import KnownCase, Verdict, describe, exact_rank, is_unique, judge, known_case
+from known_answers_run import Tally, run, run_on_all_cores
 
 EVERY_RUN, NIGHTLY, BLOCK = 3000, 100_000, 500
 #: Share of the items of extreme problems that may end as NOT_CONVERGED; of the others none may.
 GIVEN_UP = 0.005
-#: Solvers that strictly convex problems are also asked for by name.
-SOLVERS: dict[str, SolverName] = {
-    "active_set": "active_set", "semismooth_newton": "semismooth_newton", "reference": "reference",
-}  # fmt: skip
 #: One seed for every kind of mistake this test has found.
 ONCE_WRONG: tuple[int, ...] = (
     # Warnings about infinite limits: one variable, a parameter as curvature; bounds that cross beside absent ones.
@@ -57,111 +49,22 @@ ONCE_WRONG: tuple[int, ...] = (
     # Slopes and gaps of 1e-6: SOLVED where there is no optimum.
     565, 804, 2216, 2725,
     # Asked for by name: reference.
-    89, 1065, 1881, 2497, 2769, 2897,
+    89, 1065, 1881, 2497, 2769, 2897, 1002361, 1035201, 1037089,
+    # Rows that differ by 1e-6 beside rows that are the same, weakly active ones among them: off by 1e-6.
+    1007082, 1007187, 1014036, 1027633, 1033314,
+    # SOLVED with numbers in which the data vanish, or within 1e-9 of a neighbour that has an optimum.
+    1004565, 1009858, 1017703, 1018121, 1030858, 1037782, 1059365,
+    # SOLVED because a variable without curvature has no unit, or because limits crossed by less than 1e-9.
+    1024948, 1026668, 1027209, 1001588, 1008465, 1023469,
+    # Other optima not seen: a small unit of cost, columns scaled by up to 10,000, null directions with errors of 1e-8.
+    1003995, 1010739, 1003392, 1009857,
+    # A small cost beside large ones taken for what eliminations leave; a small multiplier of a bound left out.
+    1009473, 1038823,
+    # The judge: directions between optima that a linear program with one cost does not see; tiny curvature.
+    1001251, 1014569, 1031316, 1026452,
 )  # fmt: skip
 
 Array = NDArray[np.float64]
-
-
-@dataclass
-class Tally:
-    """What a run over many seeds found.
-
-    Attributes:
-        wrong: one text per wrong item.
-        given_up: one text per item that ended as NOT_CONVERGED.
-        counts: items by what happened to them.
-    """
-
-    wrong: list[str] = field(default_factory=list)
-    given_up: list[str] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, case: KnownCase, way: str, b: int, verdict: Verdict) -> None:
-        label = f"seed {case.seed} item {b} ({way})"
-        self.wrong += [f"{label}: {complaint}" for complaint in verdict.complaints]
-        self.counts["items"] += 1
-        self.counts["extreme items"] += int(case.knobs.extreme)
-        if verdict.not_converged and way == "reference":
-            self.counts["reference gave up"] += 1  # the twin of the fast solvers: for data of ordinary size
-        elif verdict.not_converged:
-            self.given_up.append(f"{label}: NOT_CONVERGED, {'extreme' if case.knobs.extreme else 'ordinary'}")
-        elif case.fate[b] == Status.SOLVED:
-            self.counts[f"unique {verdict.unique}"] += 1
-        else:
-            self.counts[Status(int(case.fate[b])).name] += 1
-
-
-def _through_plan(case: KnownCase, way: str, tally: Tally) -> None:
-    """Run one case through a plan; a solver asked for may decline, when it needs bounds or a diagonal Hessian."""
-    plan = Plan(case.program(), SOLVERS.get(way))
-    if not plan.route.polyhedral:
-        if way not in ("semismooth_newton", "reference"):
-            tally.wrong.append(f"seed {case.seed} ({way}): declined, {plan.route.reason}")
-        return
-    solution: Solution = plan.solve(case.parameters(), Options())
-    for b in range(case.shape[0]):
-        non_unique = bool(solution.non_unique[b]) if solution.status[b] == Status.SOLVED else None
-        verdict = judge(case, b, int(solution.status[b]), solution.primal[b], solution.multipliers[b], non_unique)
-        tally.add(case, way, b, verdict)
-
-
-def _through_solve_qp(case: KnownCase, tally: Tally) -> None:
-    """Run one strictly convex case through the function for tensors."""
-    batch, n, m = case.shape
-    me, general = case.equalities, m - case.num_bounds
-    lower, upper = np.full((batch, n), -np.inf), np.full((batch, n), np.inf)
-    row_of = {"lower": np.full(n, -1), "upper": np.full(n, -1)}
-    for row in range(general, m):
-        (j,) = np.flatnonzero(case.rows[0, row])
-        entry = case.rows[0, row, j]
-        side, limits = ("upper", upper) if entry > 0.0 else ("lower", lower)
-        limits[:, j] = case.rhs[:, row] / entry
-        row_of[side][j] = row
-
-    def tensor(array: Array) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array if len(array) > 1 else array[0]))
-
-    rows = case.rows
-    solution = hsbackend.solve_qp(
-        tensor(case.hessian), torch.from_numpy(np.ascontiguousarray(case.linear)),
-        tensor(rows[:, :me]), torch.from_numpy(np.ascontiguousarray(case.rhs[:, :me])),
-        tensor(rows[:, me:general]), torch.from_numpy(np.ascontiguousarray(case.rhs[:, me:general])),
-        torch.from_numpy(lower), torch.from_numpy(upper), on_failure="nan",
-    )  # fmt: skip
-    found = solution.multipliers
-    multipliers = np.zeros((batch, m))
-    multipliers[:, :me], multipliers[:, me:general] = found.eq.numpy(), found.ineq.numpy()
-    for side, values in (("lower", found.lower.numpy()), ("upper", found.upper.numpy())):
-        for j in np.flatnonzero(row_of[side] >= 0):
-            row = row_of[side][j]
-            multipliers[:, row] = values[:, j] / abs(case.rows[0, row, j])
-    for b in range(batch):
-        x, status = solution.primal[b].numpy(), int(solution.status[b])
-        tally.add(case, "solve_qp", b, judge(case, b, status, x, multipliers[b]))
-
-
-def run(seeds: Iterable[int]) -> Tally:
-    """Run many seeds: all as a plan chooses, strictly convex ones now and then in the other ways too."""
-    tally = Tally()
-    for seed in seeds:
-        case = known_case(seed)
-        ways: list[str] = ["chosen"]
-        if case.strictly_convex and seed % 20 == 0:
-            ways.append("solve_qp")
-        if case.strictly_convex and seed % 8 == 1:
-            ways += SOLVERS
-        for way in ways:
-            try:
-                if way == "solve_qp":
-                    _through_solve_qp(case, tally)
-                else:
-                    _through_plan(case, way, tally)
-            except Exception as error:  # a warning, too; the other seeds are still of interest
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                where = f"{Path(place.filename).name}:{place.lineno}"
-                tally.wrong.append(f"seed {seed} ({way}): raised {type(error).__name__} in {where}, {error}")
-    return tally
 
 
 def _report(tally: Tally, texts: list[str]) -> str:
@@ -189,9 +92,10 @@ def test_known_answers(first: int) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("first", range(1_000_000, 1_000_000 + NIGHTLY, BLOCK))
-def test_many_more_known_answers(first: int) -> None:
-    assert_nothing_wrong(run(range(first, first + BLOCK)))
+def test_many_more_known_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    with capfd.disabled():  # what happens is seen while it happens
+        tally = run_on_all_cores(range(1_000_000, 1_000_000 + NIGHTLY))
+    assert_nothing_wrong(tally)
 
 
 @pytest.mark.parametrize("seed", ONCE_WRONG, ids=str)
