@@ -587,8 +587,8 @@ def _row_weights(matvec: Callable[[Tensor], Tensor], like: Tensor, c: Tensor, pr
     largest = total.max()
     if not bool(largest > 0.0):
         return None
-    # A row that is zero stays so whatever its weight; no weight may blow up rounding.
-    return total.clamp_min_(torch.finfo(total.dtype).eps * largest).div_(probes).rsqrt_()
+    # A row that is zero but for rounding, eps of the largest, shall stay small.
+    return total.clamp_min_(torch.finfo(total.dtype).eps ** 2 * largest).div_(probes).rsqrt_()
 
 
 def _read_parameters(params: Parameters) -> tuple[_Leaves, Callable[[_Leaves], Any]]:

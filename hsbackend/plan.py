@@ -44,6 +44,8 @@ _DENSE_STEP = 1e-4, 1e-10
 #: Seconds per multiply-add of the Gram matrix, and steps of the compiled interior-point method that it is weighed
 #: against.
 _GRAM_SECONDS, _STEPS = 3e-10, 20
+#: Proximal steps of the active set cost seconds of themselves, and this many times the Gram matrix.
+_PROXIMAL = 1.5e-4, 3.0
 #: Residual, relative to the tolerance, above which a solved item is asked whether it has no optimum; and what counts as
 #: zero in a certificate that overrules a point that keeps the tolerance.
 _POOR, _STRICT = 1e-3, 1e-14
@@ -616,10 +618,14 @@ class Plan:
         n, m = values.num_variables, values.rows.shape[1]
         if setup.seconds > _DENSE_STEP[0] + _DENSE_STEP[1] * n * n * (m + n / 3.0):
             return np.zeros(values.batch, dtype=bool)
-        gram = _GRAM_SECONDS * n * ((m + len(values.bounded)) ** 2 + n * n)
+        steps, gram = _STEPS * setup.seconds, _GRAM_SECONDS * n * ((m + len(values.bounded)) ** 2 + n * n)
+        # What proximal steps take: several solves, and a face to be factored.
+        singular = steps < _PROXIMAL[0] + _PROXIMAL[1] * gram
         own_method = self._blocks is not None or self._newton is not None
-        if self._semidefinite or (not own_method and _STEPS * setup.seconds < gram):
+        if (self._semidefinite and singular) or (not self._semidefinite and not own_method and steps < gram):
             return np.ones(values.batch, dtype=bool)
+        if self._semidefinite or not singular:
+            return np.zeros(values.batch, dtype=bool)
         return np.broadcast_to((_diagonal(values) <= 0.0).any(axis=1), (values.batch,))
 
     def _prefers_interior(self, values: QPValues) -> bool:
