@@ -165,8 +165,8 @@ class DenseMap(LinearMap):
         matrix = matrix.reshape(self.rows, self.columns)
         front = x.shape[:-1]
         return (
-            lambda x: torch.mv(matrix, x.reshape(-1)).reshape(*front, self.rows),
-            lambda y: torch.mv(matrix.mT, y.reshape(-1)).reshape(*front, self.columns),
+            lambda x: torch.mv(matrix, x.reshape(-1)).reshape((*front, self.rows)),
+            lambda y: torch.mv(matrix.mT, y.reshape(-1)).reshape((*front, self.columns)),
         )
 
     def pull(self, parameters: Parameters, pairs: Sequence[Pair], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -408,7 +408,7 @@ class Tree:
             wanted = (*batch, *shape)
             if tuple(leaf.shape) != wanted:
                 raise ValueError(f"{name} has shape {tuple(leaf.shape)}, expected {wanted}")
-            parts.append(leaf.reshape(*batch, size))
+            parts.append(leaf.reshape((*batch, size)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def spread(self, tree: Any, name: str, batch: Sequence[int]) -> Tensor:
@@ -421,7 +421,7 @@ class Tree:
         for leaf, shape, size in zip(self.leaves(tree, name), self.shapes, self.sizes, strict=True):
             wanted = (*batch, *shape)
             try:
-                parts.append(leaf.expand(wanted).reshape(*batch, size))
+                parts.append(leaf.expand(wanted).reshape((*batch, size)))
             except RuntimeError:
                 raise ValueError(
                     f"{name} has shape {tuple(leaf.shape)}, expected {wanted} or one that broadcasts to it"
@@ -431,10 +431,10 @@ class Tree:
     def unflatten(self, vector: Tensor) -> Any:
         """Return views of the parts of a flat vector, as a tree."""
         if len(self.shapes) == 1:
-            whole = vector if len(self.shapes[0]) == 1 else vector.reshape(*vector.shape[:-1], *self.shapes[0])
+            whole = vector if len(self.shapes[0]) == 1 else vector.reshape((*vector.shape[:-1], *self.shapes[0]))
             return pytree.tree_unflatten([whole], self.spec)
         parts = vector.split(self.sizes, -1)
-        leaves = [part.reshape(*vector.shape[:-1], *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        leaves = [part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, self.shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self.spec)
 
 

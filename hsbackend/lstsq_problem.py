@@ -271,4 +271,8 @@ def _check_function(found: FunctionMap, parameters: Sequence[Tensor], like: Tens
             "gradient would be lost: give them as *params, or detach them"
         )
     if not transforms_active() and bool((result != 0.0).any()):
+        if bool(result.isnan().any()):
+            raise ValueError(
+                "`matvec` gives NaN at x = 0: its parameters hold NaN or infinite numbers, expected finite ones"
+            )
         raise ValueError("`matvec` is not linear in x: its value at x = 0 is not zero")

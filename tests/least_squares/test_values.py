@@ -311,6 +311,7 @@ def test_inside_of_torch_compile_the_graph_ends_and_goes_on() -> None:
             r"the result of `matvec` has the structure \(\*, \*\), expected a tensor",
         ),
         (lambda A, b: lstsq(lambda x: A @ x + 1.0, b, x_like=b[:5]), ValueError, "`matvec` is not linear in x"),
+        (lambda A, b: lstsq(lambda x: torch.nan * (A @ x), b, x_like=b[:5]), ValueError, "`matvec` gives NaN"),
         (
             lambda A, b: lstsq(lambda x, c: A @ x, b, A.cdouble(), x_like=b[:5]),
             TypeError,
@@ -335,3 +336,15 @@ def test_inside_of_torch_compile_the_graph_ends_and_goes_on() -> None:
 def test_what_does_not_fit_is_refused_in_words(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(matrix(1, 7, 5, 5), randn(3, 7))
+
+
+def test_a_tree_with_leaves_without_axes() -> None:
+    """Diagonal A over a dict: x = b / A in every leaf, the scalar one too."""
+    b = {"a": torch.tensor([2.0, 6.0], dtype=torch.float64), "s": torch.tensor(5.0, dtype=torch.float64)}
+
+    def double(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: 2.0 * part for name, part in x.items()}
+
+    found = lstsq((double, double), b, x_like=b)
+    torch.testing.assert_close(found.x["a"], torch.tensor([1.0, 3.0], dtype=torch.float64))
+    torch.testing.assert_close(found.x["s"], torch.tensor(2.5, dtype=torch.float64))
