@@ -67,7 +67,7 @@ class UsageError(Exception):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hsbackend.comparisons", description="Comparisons with peers.")
-    commands = parser.add_subparsers(required=True, metavar="{speed,portfolio,degenerate,qp,accuracy,lstsq}")
+    commands = parser.add_subparsers(required=True, metavar="command")
 
     speed = commands.add_parser("speed", help="problems x contestants: correctness first, then time")
     speed.add_argument("--suite", choices=sorted(SUITES), default="speed", help="which problems (default: speed)")
