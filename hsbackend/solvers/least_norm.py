@@ -66,7 +66,8 @@ def refine(values: QPValues, options: Options, result: Result, read: Mask | None
         return _with_face(result, face, items)
     found = _unsigned(part, face)
     signs = _Signs.of(part, face)
-    limit = np.maximum(10.0 * old, _RESIDUAL)
+    # Where the tolerance is near, no digit is given away.
+    limit = np.maximum(np.minimum(10.0 * old, 0.1 * options.tolerance), np.maximum(old, _RESIDUAL))
     wrong = signs.wrong(found)
     settled = _drop_wrong(part, face, signs, found, wrong & (beside | ~face.dependent), limit)
     projected = face.dependent & wrong & options.multipliers

@@ -187,6 +187,18 @@ def linear_program(draw: Draw, batch: int, n: int) -> tuple[Function, list[Tenso
     return function, [draw.normal(batch, n), draw.normal(batch, n // 3, n), draw.uniform(0.1, 0.3, batch, n // 3)]
 
 
+def chained_linear_program(draw: Draw, batch: int, n: int) -> tuple[Function, list[Tensor]]:
+    """Return the route of linear programs with sparse rows per item: each row holds two neighbours."""
+    bound, first, second = torch.ones(n, dtype=D), torch.eye(n, dtype=D)[:-1], torch.eye(n, dtype=D)[1:]
+
+    def function(q: Tensor, left: Tensor, h: Tensor, **options) -> Tensor:
+        G = left.unsqueeze(-1) * first + second
+        found = solve_qp(None, q, G=G, h=h, lower=-bound, upper=bound, **options)
+        return torch.cat([found.primal, found.multipliers.ineq], dim=-1)
+
+    return function, [draw.normal(batch, n), draw.normal(batch, n - 1), draw.uniform(0.1, 0.3, batch, n - 1)]
+
+
 def rows_learnt(draw: Draw, batch: int, n: int) -> tuple[Function, list[Tensor]]:
     """Return a route with one matrix for all items that is trained, not a constant."""
     A, G = draw.normal(2, n).requires_grad_(), draw.normal(n // 2, n).requires_grad_()
@@ -200,7 +212,8 @@ def rows_learnt(draw: Draw, batch: int, n: int) -> tuple[Function, list[Tensor]]
 FAMILIES = (simplex, budget, l1, monotone, birkhoff, box, halfspace)
 GENERAL = (newton, newton_hard, rows_shared, rows_learnt, qp_shared, rows_per_item, qp_per_item)
 SEMIDEFINITE = (qp_semidefinite, linear_program)
-ROUTES = (*FAMILIES, affine, *GENERAL, *SEMIDEFINITE)
+COMPILED = (chained_linear_program,)
+ROUTES = (*FAMILIES, affine, *GENERAL, *SEMIDEFINITE, *COMPILED)
 
 
 def evaluate(function: Function, data: Sequence[Tensor], items: Sequence[int], **options) -> list[Tensor]:
@@ -263,12 +276,13 @@ def routes(of: Sequence[Callable[..., object]] = ROUTES):
         (newton, {"semismooth_newton"}),
         (newton_hard, {"semismooth_newton", "active_set"}),
         *((route, {"active_set"}) for route in (*GENERAL[2:], *SEMIDEFINITE)),
+        *((route, {"compiled_interior"}) for route in COMPILED),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_the_routes_are_those_they_are_named_after(route, wanted, monkeypatch: pytest.MonkeyPatch) -> None:
     used: set[str] = set()
-    for name in ("semismooth_newton", "active_set"):
+    for name in ("semismooth_newton", "active_set", "compiled_interior"):
         module = getattr(plan, name)
         solve = module.solve
 
